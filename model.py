@@ -1,0 +1,347 @@
+"""
+GPT-2 from scratch, in one file: the transformer, its attention, the sampler, and the way in and out of weights.
+
+References: Radford et al. 2019 (GPT-2); Stiennon 2020 appendix B (scalar head); Hugging Face's GPT-2 checkpoint layout.
+
+    model = GPT(GPTConfig(vocab_size=1024))            # or GPT.from_pretrained("out/tiny-seed1/sft")
+    tokens, lengths, logprobs = model.generate(queries, lengths, max_new_tokens=48, temperature=0.7, eos=0)
+
+Rows are right-padded everywhere and carry `lengths`. Causality hides what stands to the right of a position, so the
+training attention needs the causal mask alone, positions are 0..T-1, and no padding mask exists that could be wrong.
+Shapes: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary, d width, H heads, D = d / H.
+"""
+import json
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    n_positions: int = 1024  # longest row, query and response together
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # d
+    eos: int = 50256  # written to config.json so that other programs know where a text ends
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision: chosen once per device, with its reason
+
+def choose_precision(device):
+    """(dtype of the matrix products, reason). Everything that a loss is made of stays float32 in any case."""
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU multiplies bf16 natively"
+        return torch.float32, "this GPU has no native bf16"
+    if device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "this processor multiplies bf16 natively (AVX512-BF16 or AMX)"
+    return torch.float32, f"no fast bf16 on this {device}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: the specification
+
+def attention(q, k, v):
+    """Causal attention, softmax(q kᵀ / √D + mask) v. q, k, v [B, H, T, D] -> [B, H, T, D]."""
+    B, H, T, D = q.shape
+    mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # column j > row i: the future
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # one pass for scale, product and mask
+    return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x)): pre-LN, tanh GELU."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.ln_1 = nn.LayerNorm(c.n_embd, eps=1e-5)
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)  # q, k, v in one product
+        self.attn_proj = nn.Linear(c.n_embd, c.n_embd)
+        self.ln_2 = nn.LayerNorm(c.n_embd, eps=1e-5)
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
+        self.mlp_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x):  # [B, T, d]
+        B, T, d = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, d))
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """GPT-2 with a language-model head (tied to the token embedding) or, for reward and value models, a scalar head."""
+
+    def __init__(self, config, head="lm"):
+        super().__init__()
+        assert head in ("lm", "scalar")
+        self.config = c = config
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)
+        self.score = nn.Linear(c.n_embd, 1) if head == "scalar" else None
+        self.amp_dtype = torch.float32  # see choose_precision
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """For training from scratch. Two departures from GPT-2 make small models learn to copy in a third of the steps:
+        the scale is 1/√d (GPT-2's 0.02 is 0.55/√768, and far too small at d = 128), and positions start as sinusoids,
+        so that "the token before" is a rotation to be learned once, not once per position."""
+        c, std = self.config, 1 / math.sqrt(self.config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif "score" in name:
+                p.normal_(std=1 / math.sqrt(c.n_embd + 1))  # Stiennon appendix B; both OpenAI codebases
+            elif "ln_" not in name:  # residual projections shrunk by the depth that they add up over, as in GPT-2
+                p.normal_(std=std / math.sqrt(2 * c.n_layer) if "proj" in name else std)
+        frequency = 1000 ** (-torch.arange(c.n_embd // 2) / (c.n_embd // 2))
+        angle = torch.arange(c.n_positions)[:, None] * frequency
+        self.wpe.weight.copy_(std * torch.cat([angle.sin(), angle.cos()], 1))
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def amp(self):
+        """Matrix products in bf16 where that is fast; a no-op in float32."""
+        if self.amp_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype)
+
+    def hidden(self, tokens):
+        """tokens [B, T] -> float32 hidden states after the final layer norm [B, T, d]."""
+        T = tokens.shape[1]
+        with self.amp():
+            x = self.wte(tokens) + self.wpe.weight[:T]
+            for block in self.blocks:
+                x = block(x)
+        return self.ln_f(x.float())
+
+    def unembed(self, h):
+        """h [..., d] -> float32 logits [..., V]; tied weights."""
+        with self.amp():
+            return F.linear(h, self.wte.weight).float()
+
+    def forward(self, tokens):
+        """tokens [B, T] -> logits [B, T, V]; column i predicts token i + 1."""
+        return self.unembed(self.hidden(tokens))
+
+    def response_hidden(self, tokens, query_lengths, lengths, R):
+        """The hidden states that predict response tokens, and where they belong.
+
+        Entry t of a row belongs to action y_t, which stands at column query_length + t and is predicted from the column
+        before it. Returns h [N, d], targets [N], mask [B, R] with N = mask.sum(): the vocabulary is never projected
+        where no log-probability is wanted."""
+        columns = query_lengths[:, None] + torch.arange(R, device=tokens.device)  # [B, R] where y_t stands
+        mask = columns < lengths[:, None]
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(columns)[mask]
+        columns = columns[mask]
+        return self.hidden(tokens)[rows, columns - 1], tokens[rows, columns], mask
+
+    def logprobs(self, tokens, query_lengths, lengths, R, temperature=1.0):
+        """log π(y_t | x, y_<t) at the sampling temperature, [B, R], exactly 0 behind each row's end."""
+        h, targets, mask = self.response_hidden(tokens, query_lengths, lengths, R)
+        logp = -F.cross_entropy(self.unembed(h) / temperature, targets, reduction="none")
+        return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logp)
+
+    def scores(self, tokens, lengths):
+        """Reward model: the scalar at each row's last token, which is its EOS (Stiennon: code, not text). -> [B]"""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.score(self.hidden(tokens)[rows, lengths - 1]).squeeze(-1)
+
+    def values(self, tokens, query_lengths, lengths, R):
+        """Value model: V(s_t), read where y_t is predicted from. -> [B, R], 0 behind each row's end."""
+        h, _, mask = self.response_hidden(tokens, query_lengths, lengths, R)
+        return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, self.score(h).squeeze(-1))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the sampler
+
+    @torch.no_grad()
+    def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, eos=None, generator=None, n=1):
+        """Sample n responses to each ragged right-padded query.
+
+        tokens [B, Q], lengths [B] -> tokens [B·n, Q+R] (query, response, zeros), lengths [B·n] (EOS included),
+        logprobs [B·n, R] at the given temperature. temperature 0 is argmax; eos None never stops. Each row's next token is
+        written at the row's own position of a preallocated key-value cache. All uniforms are drawn up front, so what
+        one row draws does not depend on when other rows finish. `generator` is a CPU generator on every device.
+        """
+        c, device, dtype = self.config, self.device, self.amp_dtype
+        B, Q = tokens.shape
+        R, H, D = max_new_tokens, c.n_head, c.n_embd // c.n_head
+        if Q + R > c.n_positions:
+            raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {c.n_positions} positions")
+        layers = [[w.to(dtype) for w in (b.c_attn.weight, b.c_attn.bias, b.attn_proj.weight, b.attn_proj.bias,
+                                         b.c_fc.weight, b.c_fc.bias, b.mlp_proj.weight, b.mlp_proj.bias)]
+                  for b in self.blocks]
+        wte = self.wte.weight.to(dtype)
+
+        def step(x, attend):
+            """One pass through the blocks; x [..., d] in float32, attend(layer, q, k, v) does the attention."""
+            for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.blocks, layers)):
+                qkv = F.linear(block.ln_1(x).to(dtype), w1, b1)
+                x = x + F.linear(attend(i, *qkv.chunk(3, -1)), w2, b2)
+                h = F.gelu(F.linear(block.ln_2(x).to(dtype), w3, b3), approximate="tanh")
+                x = x + F.linear(h, w4, b4)
+            return self.ln_f(x)
+
+        # 1. prefill: each unique query once, its keys and values copied to its n samples
+        # on a CPU the cache is float32: products with a slice of a bf16 cache copy the slice, which costs four times more
+        cache_dtype = torch.float32 if device.type == "cpu" else dtype
+        cache = torch.zeros(c.n_layer, 2, B * n, H, Q + R, D, dtype=cache_dtype, device=device)
+
+        def attend_prefill(i, q, k, v):
+            q, k, v = (a.view(B, Q, H, D).transpose(1, 2) for a in (q, k, v))
+            cache[i, 0, :, :, :Q] = k.repeat_interleave(n, 0).to(cache_dtype)
+            cache[i, 1, :, :, :Q] = v.repeat_interleave(n, 0).to(cache_dtype)
+            return attention(q, k, v).transpose(1, 2).reshape(B, Q, H * D)
+
+        x = step(self.wte(tokens) + self.wpe.weight[:Q], attend_prefill)
+        x = x[torch.arange(B, device=device), lengths - 1].repeat_interleave(n, 0)  # [B·n, d] predicts y_0
+        out = torch.zeros(B * n, Q + R, dtype=torch.long, device=device)
+        out[:, :Q] = torch.where(torch.arange(Q, device=device) < lengths[:, None], tokens, 0).repeat_interleave(n, 0)
+        start = lengths.repeat_interleave(n)
+        end = start + R
+        logprobs = torch.zeros(B * n, R, device=device)
+        uniform = torch.rand(B * n, R, generator=generator).to(device)
+
+        # 2. one token per step; finished rows are dropped from the work once a quarter of it is theirs
+        row = torch.arange(B * n, device=device)  # where in the batch the rows in work stand
+        position = start.clone()  # the column that each row's next token takes
+        alive = torch.ones(B * n, dtype=torch.bool, device=device)
+        longest, columns = int(lengths.max()), torch.arange(Q + R, device=device)
+        for t in range(R):
+            logits = F.linear(x.to(dtype), wte).float()
+            if temperature == 0:
+                token, logp = logits.argmax(-1), torch.zeros(len(row), device=device)  # greedy: all mass on one token
+            else:
+                logp_all = F.log_softmax(logits / temperature, -1)
+                cdf = logp_all.exp().cumsum(-1)  # inverse CDF: ten times cheaper on CPU than torch.multinomial
+                u = uniform[row, t, None] * cdf[:, -1:]
+                token = torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp_(max=c.vocab_size - 1)
+                logp = logp_all.gather(1, token[:, None]).squeeze(1)
+            out[row, position] = token
+            logprobs[row, t] = logp
+            if t == R - 1:
+                break
+            if eos is not None:
+                alive &= token != eos
+                if device.type == "cpu" or t % 8 == 7:  # on a GPU asking means waiting for it
+                    left = int(alive.sum())
+                    if left == 0:
+                        break
+                    if left <= 0.75 * len(row):
+                        keep = alive.nonzero().squeeze(1)
+                        row, position, token, cache = row[keep], position[keep], token[keep], cache[:, :, keep]
+                        alive = alive[keep]
+            width, index = longest + t + 1, torch.arange(len(row), device=device)
+            visible = (columns[:width] <= position[:, None])[:, None, None]  # [b, 1, 1, width]
+
+            def attend_step(i, q, k, v):
+                cache[i, 0, index, :, position] = k.view(-1, H, D).to(cache_dtype)
+                cache[i, 1, index, :, position] = v.view(-1, H, D).to(cache_dtype)
+                q = q.view(-1, H, 1, D).to(cache_dtype) / math.sqrt(D)
+                scores = q @ cache[i, 0, :, :, :width].transpose(-1, -2)  # [b, H, 1, width]
+                weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+                return (weights @ cache[i, 1, :, :, :width]).view(-1, H * D).to(dtype)
+
+            x = step(self.wte(token) + self.wpe(position), attend_step)
+            position = position + 1
+
+        # 3. a response ends with its first EOS; what was sampled behind it never happened
+        response = start[:, None] + torch.arange(R, device=device)
+        sampled = out.gather(1, response)
+        if eos is not None:
+            stopped = (sampled == eos).cumsum(1)
+            end = start + ((stopped == 0).sum(1) + 1).clamp(max=R)
+        return torch.where(columns < end[:, None], out, 0), end, torch.where(response < end[:, None], logprobs, 0.)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # weights in and out: Hugging Face's GPT-2 layout
+
+    def _hf_names(self):
+        """Pairs (our parameter, Hugging Face's name, transposed?): their Conv1D keeps weights as [in, out]."""
+        yield self.wte.weight, "transformer.wte.weight", False
+        yield self.wpe.weight, "transformer.wpe.weight", False
+        for i, b in enumerate(self.blocks):
+            parts = {"ln_1": b.ln_1, "attn.c_attn": b.c_attn, "attn.c_proj": b.attn_proj,
+                     "ln_2": b.ln_2, "mlp.c_fc": b.c_fc, "mlp.c_proj": b.mlp_proj}
+            for name, module in parts.items():
+                yield module.weight, f"transformer.h.{i}.{name}.weight", isinstance(module, nn.Linear)
+                yield module.bias, f"transformer.h.{i}.{name}.bias", False
+        yield self.ln_f.weight, "transformer.ln_f.weight", False
+        yield self.ln_f.bias, "transformer.ln_f.bias", False
+        if self.score is not None:
+            yield self.score.weight, "score.weight", False
+
+    @torch.no_grad()
+    def save_pretrained(self, folder):
+        """Write model.safetensors and config.json so that transformers' GPT2LMHeadModel, or for a scalar head
+        GPT2ForSequenceClassification, loads the folder and gives the same numbers.
+
+        Their classification head has no bias, so ours, c, moves into the final layer norm: bias += c·w / ‖w‖² adds
+        exactly c to w·h."""
+        os.makedirs(folder, exist_ok=True)
+        tensors = {name: (p.T if transposed else p).detach().cpu().contiguous()
+                   for p, name, transposed in self._hf_names()}
+        if self.score is not None:
+            w = self.score.weight[0].double()
+            shifted = self.ln_f.bias.double() + self.score.bias.double() * w / w.dot(w)
+            tensors["transformer.ln_f.bias"] = shifted.float().cpu()
+        c = self.config
+        kind = "GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"
+        config = {"model_type": "gpt2", "architectures": [kind], "vocab_size": c.vocab_size, "n_positions": c.n_positions,
+                  "n_ctx": c.n_positions, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bos_token_id": c.eos, "eos_token_id": c.eos,
+                  "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True}
+        if self.score is not None:
+            config["num_labels"] = 1
+        path = os.path.join(folder, "model.safetensors")
+        save_file(tensors, path + ".tmp", metadata={"format": "pt"})
+        with open(path + ".tmp", "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+        with open(os.path.join(folder, "config.json.tmp"), "w") as f:
+            json.dump(config, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f.name, os.path.join(folder, "config.json"))
+
+    @classmethod
+    def from_pretrained(cls, folder, head="lm"):
+        """Load a folder in Hugging Face's GPT-2 layout. head="scalar" on a language model keeps the trunk and draws a
+        new scalar head (std 1/√(d+1)): how the reward model starts from the SFT model. Raises FileNotFoundError where
+        there is no model and ValueError, in one sentence, where its shapes are not what config.json says."""
+        with open(os.path.join(folder, "config.json")) as f:
+            c = json.load(f)
+        model = cls(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
+                              c.get("eos_token_id", 50256)), head)
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_file(path)
+        with torch.no_grad():
+            for p, name, transposed in model._hf_names():
+                t = tensors.get(name, tensors.get(name.removeprefix("transformer.")))  # OpenAI's upload has no prefix
+                if t is None and name == "score.weight":
+                    continue
+                if t is None:
+                    raise ValueError(f"{path} has no tensor {name}; is it a GPT-2 checkpoint?")
+                t = t.T if transposed else t
+                if t.shape != p.shape:
+                    raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, config.json says {tuple(p.shape)}")
+                p.copy_(t)
+        return model

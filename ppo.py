@@ -1,0 +1,288 @@
+"""
+PPO on the reward model's score with a KL penalty to the SFT model: the last stage of RLHF.
+
+References: Ziegler 2019 §2.2 and its released code; Stiennon 2020 §3.4; InstructGPT 2022 §3.5; Schulman et al. 2017 (PPO),
+2016 (GAE). Where the papers are silent (clip ranges, whitening) Ziegler's code decides.
+
+    python ppo.py out/tiny-seed1 --out out/tiny-seed1/ppo-again --beta 0.1
+
+    R(x, y) = r(x, y) - β log π(y|x) / π_SFT(y|x)            maximised over π
+
+One iteration: sample responses (rollout), score them, give each token its share of the reward (shaped_rewards, gae), and
+take a few clipped steps on them (update). To change the reward, change `score` in stage 3 of rollout().
+Conventions: entry t of a [B, R] tensor belongs to response token y_t; the episode ends at EOS, where the score lands;
+everything behind is masked, ignored on input and 0 on output.
+"""
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import DataError, decode_response, pad_rows
+from sft import MetricsLog, batches, check, load_state, make_optimizer, save_state, set_lr
+
+
+@dataclass
+class PPOSettings:
+    lr: float = 3e-4  # learning rate of policy and value model, falling linearly to 0
+    iterations: int = 25  # rollouts
+    batch: int = 64  # episodes per rollout
+    minibatches: int = 2  # parts a rollout is cut into; one optimizer step each
+    epochs: int = 4  # passes over each rollout
+    beta: float = 0.05  # KL coefficient (Stiennon 0.05, InstructGPT 0.02)
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # GAE's λ
+    clip: float = 0.2  # policy ratios are clipped to 1 ± clip
+    value_clip: float = 0.2  # value predictions move at most so far from the old ones
+    value_coef: float = 0.1  # weight of the value loss
+    temperature: float = 0.7  # of sampling and of every log-probability here
+    no_eos_score: float = -1.0  # the score of a response that does not end within R tokens
+    max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart
+
+    def validate(self):
+        check(self.lr > 0 and self.iterations > 0 and self.batch > 0 and self.epochs > 0, "lr, iterations, batch and epochs "
+              "must be above 0")
+        check(0 < self.minibatches <= self.batch, "minibatches must be between 1 and batch")
+        check(self.beta >= 0, "beta must not be negative: a negative KL penalty rewards leaving the reference")
+        check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
+        check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")
+        check(self.temperature > 0, "temperature must be above 0: PPO needs a policy that samples")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the equations; masks are bool or 0/1, all sums and means run over mask 1 only
+
+def masked_mean(x, mask):
+    mask = mask.bool()
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
+def shaped_rewards(score, logprobs, ref_logprobs, mask, beta):
+    """r_t = -β (log π(y_t) - log π_ref(y_t)) + 1[t = last] score.  (Stiennon §3.4, Ziegler eq. 2)
+
+    score [B], the others [B, R] -> [B, R]. Summed over a row: score - β·k1. No gradient flows through it."""
+    mask = mask.bool()
+    rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0)
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(score)), last] += score
+    return rewards
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman 2016), all [B, R] -> advantages, returns.
+
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V;  V behind the last token is 0."""
+    mask = mask.bool()
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+    advantages, after = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else 0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = after = torch.where(mask[:, t], delta + gamma * lam * after, 0)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def whiten(x, mask, shift_mean=True):
+    """(x - mean) / sqrt(var + 1e-8), biased variance; shift_mean=False puts the mean back. (Ziegler's code)"""
+    mask = mask.bool()
+    mean = masked_mean(x, mask)
+    var = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * torch.rsqrt(var + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """Clipped surrogate (Schulman 2017): mean of max(-A ρ, -A clip(ρ, 1-ε, 1+ε)), ρ = π(y_t) / π_old(y_t).
+
+    -> loss, {clip_fraction, approx_kl, max_log_ratio, mean_log_ratio}"""
+    mask = mask.bool()
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    advantages = torch.where(mask, advantages, 0)
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        stats = {"clip_fraction": masked_mean((clipped > plain).float(), mask).item(),
+                 "approx_kl": 0.5 * masked_mean(log_ratio ** 2, mask).item(),
+                 "max_log_ratio": log_ratio.abs().max().item(), "mean_log_ratio": masked_mean(log_ratio.abs(), mask).item()}
+    return masked_mean(torch.maximum(plain, clipped), mask), stats
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """½ mean of max((V - R)², (V_clipped - R)²), V_clipped within ±clip of the old value. (Ziegler's code)
+
+    -> loss, {value_clip_fraction, value_error}"""
+    mask = mask.bool()
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    plain_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    with torch.no_grad():
+        stats = {"value_clip_fraction": masked_mean((clipped_error > plain_error).float(), mask).item(),
+                 "value_error": masked_mean(plain_error, mask).item()}
+    return 0.5 * masked_mean(torch.maximum(plain_error, clipped_error), mask), stats
+
+
+def kl_estimates(logprobs, ref_logprobs, mask):
+    """Estimates of KL(π‖π_ref) from samples of π, per sequence: k1, k2, k3, each [B].  (Schulman's note on KL)
+
+    With Δ_t = log π(y_t) - log π_ref(y_t):  k1 = Σ Δ,  k2 = Σ ½Δ²,  k3 = Σ (exp(-Δ) - 1 + Δ).
+    k1 and k3 are unbiased. Beware of exp(Δ) - 1 - Δ: from samples of π its mean is χ²(π‖π_ref) - KL, another quantity."""
+    delta = torch.where(mask.bool(), logprobs - ref_logprobs, 0)
+    return delta.sum(1), (0.5 * delta ** 2).sum(1), (torch.expm1(-delta) + delta).sum(1)
+
+
+class FixedKL:
+    """β stays what it is. (Stiennon, InstructGPT)"""
+
+    def __init__(self, beta):
+        self.beta = beta
+
+    def update(self, kl, n_episodes):
+        pass
+
+
+class AdaptiveKL:
+    """β ← β (1 + clip(KL / target - 1, ±0.2) · n / horizon): a proportional controller in log space. (Ziegler §2.2)"""
+
+    def __init__(self, beta, target, horizon):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl, n_episodes):
+        error = min(0.2, max(-0.2, kl / self.target - 1))
+        self.beta *= 1 + error * n_episodes / self.horizon
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one iteration
+
+@dataclass
+class Rollout:
+    tokens: torch.Tensor  # [B, T] query, response, zeros
+    query_lengths: torch.Tensor  # [B]
+    lengths: torch.Tensor  # [B] query and response with its EOS
+    mask: torch.Tensor  # [B, R] 1 where a response token stands
+    logprobs: torch.Tensor  # [B, R] of the policy that sampled
+    ref_logprobs: torch.Tensor  # [B, R]
+    values: torch.Tensor  # [B, R]
+    score: torch.Tensor  # [B] reward model's, or no_eos_score
+    advantages: torch.Tensor  # [B, R] whitened
+    returns: torch.Tensor  # [B, R]
+    no_eos: torch.Tensor  # [B] bool
+    kl: torch.Tensor  # [B] exact: Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) over the full vocabulary
+    entropy: torch.Tensor  # [] mean per token
+
+
+@torch.no_grad()
+def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temperature):
+    """Log-probabilities of the responses under both, and what only the full distributions tell.
+
+    -> logprobs [B, R], ref_logprobs [B, R], mask [B, R], exact KL [B, R], entropy [B, R]"""
+    h, targets, mask = policy.response_hidden(tokens, query_lengths, lengths, R)
+    logp = F.log_softmax(policy.unembed(h) / temperature, -1)  # [N, V]
+    ref_h, _, _ = ref_policy.response_hidden(tokens, query_lengths, lengths, R)
+    ref_logp = F.log_softmax(ref_policy.unembed(ref_h) / temperature, -1)
+    p = logp.exp()
+    flat = [logp.gather(1, targets[:, None]).squeeze(1), ref_logp.gather(1, targets[:, None]).squeeze(1),
+            (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)]
+    logprobs, ref_logprobs, kl, entropy = (torch.zeros(mask.shape, device=h.device).masked_scatter(mask, x) for x in flat)
+    return logprobs, ref_logprobs, mask, kl, entropy
+
+
+@torch.no_grad()
+def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, generator):
+    """Sample one response to each query and work out what each of its tokens was worth."""
+    # 1. sample
+    tokens, query_lengths = pad_rows(queries, policy.device)
+    tokens, lengths, _ = policy.generate(tokens, query_lengths, R, s.temperature, policy.config.eos, generator)
+    tokens = tokens[:, :int(lengths.max())]
+    # 2. log-probabilities under policy and reference, at the temperature of the samples
+    logprobs, ref_logprobs, mask, kl, entropy = compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R,
+                                                                 s.temperature)
+    # 3. score; a response that did not end gets a fixed one instead
+    no_eos = tokens[torch.arange(len(tokens)), lengths - 1] != policy.config.eos
+    score = torch.where(no_eos, s.no_eos_score, reward_model.scores(tokens, lengths))
+    # 4. per-token rewards, KL included
+    rewards = shaped_rewards(score, logprobs, ref_logprobs, mask, beta)
+    # 5. advantages from the value model; returns from the advantages as they are, only then whitening
+    values = value_model.values(tokens, query_lengths, lengths, R)
+    advantages, returns = gae(rewards, values, mask, s.gamma, s.lam)
+    return Rollout(tokens, query_lengths, lengths, mask, logprobs, ref_logprobs, values, score, whiten(advantages, mask),
+                   returns, no_eos, kl.sum(1), masked_mean(entropy, mask))
+
+
+def update(policy, value_model, optimizer, r, s, generator):
+    """epochs × minibatches of clipped steps on one rollout. -> mean statistics; first_* are the first minibatch's."""
+    totals, steps, first = {}, 0, None
+    R = r.mask.shape[1]
+    for _ in range(s.epochs):
+        for rows in torch.randperm(len(r.tokens), generator=generator).chunk(s.minibatches):
+            rows = rows.to(r.tokens.device)
+            width = int(r.lengths[rows].max())
+            batch = r.tokens[rows, :width], r.query_lengths[rows], r.lengths[rows], R
+            mask = r.mask[rows]
+            pg, stats = policy_loss(policy.logprobs(*batch, s.temperature), r.logprobs[rows], r.advantages[rows], mask, s.clip)
+            vf, value_stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], mask, s.value_clip)
+            if first is None:
+                first = stats
+                check_ratio(stats, policy.amp_dtype)
+            optimizer.zero_grad(set_to_none=True)
+            (pg + s.value_coef * vf).backward()
+            for model in (policy, value_model):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+            optimizer.step()
+            steps += 1
+            for key, value in {"policy_loss": pg.item(), "value_loss": vf.item(), **stats, **value_stats}.items():
+                totals[key] = totals.get(key, 0.0) + value
+    return {key: value / steps for key, value in totals.items()} | {"first_log_ratio": first["max_log_ratio"]}
+
+
+def check_ratio(stats, dtype):
+    """Before the first step the policy is the one that sampled: every ratio is 1 up to rounding. If it is not, sampling and
+    training disagree (temperature, positions, dropout, masks) and nothing that follows could be trusted."""
+    mean_bound, max_bound = (1e-4, 1e-4) if dtype == torch.float32 else (5e-3, 5e-2)
+    if stats["mean_log_ratio"] > mean_bound or stats["max_log_ratio"] > max_bound:
+        raise DataError(f"PPO's first minibatch has log ratios up to {stats['max_log_ratio']:.2g} (mean "
+                        f"{stats['mean_log_ratio']:.2g}), above rounding: the policy that trains is not the one that sampled")
+
+
+def train_ppo(policy, ref_policy, reward_model, value_model, queries, enc, R, s, folder, seed, gold=None, save_every=10):
+    """The algorithm. gold: optional function (index of query, text) -> true utility, logged and never trained on."""
+    plan = batches(len(queries), s.batch, 1 + s.iterations * s.batch // len(queries), seed)
+    controller = FixedKL(s.beta)
+    optimizer, generator = make_optimizer([policy, value_model], s.lr, 0.0), torch.Generator().manual_seed(seed)
+    start, more = load_state(folder, [policy, value_model], optimizer, generator)
+    controller.beta = more.get("beta", controller.beta)
+    log = MetricsLog(folder, start)
+    samples = open(os.path.join(folder, "samples.jsonl"), "a")
+    bar = tqdm(range(start, s.iterations), initial=start, total=s.iterations, desc="ppo", unit="iteration")
+    for iteration in bar:
+        began = time.time()
+        set_lr(optimizer, s.lr * (1 - iteration / s.iterations))
+        rows = plan[iteration]
+        r = rollout(policy, ref_policy, reward_model, value_model, [queries[i] for i in rows], R, s, controller.beta, generator)
+        k1, _, k3 = (k.mean().item() for k in kl_estimates(r.logprobs, r.ref_logprobs, r.mask))
+        if iteration == 0 and r.kl.mean().item() > 1e-3:
+            raise DataError(f"the policy starts {r.kl.mean().item():.2g} nats from its reference; both must be the SFT model")
+        stats = update(policy, value_model, optimizer, r, s, generator)
+        controller.update(k1, len(rows))
+        texts = [decode_response(enc, r.tokens[i, q:n].tolist()) for i, (q, n) in enumerate(zip(r.query_lengths, r.lengths))]
+        spread = masked_mean((r.returns - masked_mean(r.returns, r.mask)) ** 2, r.mask).item()
+        log.write(iteration, score=r.score.mean().item(), kl=r.kl.mean().item(), kl_k1=k1, kl_k3=k3, beta=controller.beta,
+                  entropy=r.entropy.item(), length=r.mask.sum(1).float().mean().item(), no_eos=r.no_eos.float().mean().item(),
+                  explained_variance=1 - masked_mean((r.values - r.returns) ** 2, r.mask).item() / max(spread, 1e-8),
+                  gold=None if gold is None else sum(gold(i, t) for i, t in zip(rows, texts)) / len(rows),
+                  tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
+        for i, text, score, kl in list(zip(rows, texts, r.score.tolist(), r.kl.tolist()))[:4]:
+            samples.write(json.dumps({"iteration": iteration, "query": enc.decode(queries[i]), "response": text,
+                                      "score": score, "kl": kl}) + "\n")
+        bar.set_postfix(score=f"{r.score.mean().item():.2f}", kl=f"{r.kl.mean().item():.1f}")
+        if (iteration + 1) % save_every == 0 and iteration + 1 < s.iterations:
+            save_state(folder, iteration + 1, [policy, value_model], optimizer, generator, beta=controller.beta)
+    samples.close()
+    save_state(folder, s.iterations, [policy, value_model], optimizer, generator, beta=controller.beta)
+    value_model.save_pretrained(os.path.join(folder, "value"))
+    policy.save_pretrained(folder)

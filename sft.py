@@ -1,0 +1,251 @@
+"""
+Supervised fine-tuning, and what all training here shares: optimizer, schedule, checkpoint, metrics log, settings.
+
+References: Stiennon 2020 §3.4 and appendix B.1 (supervised baselines); InstructGPT 2022 appendix C.1.
+
+    python sft.py out/tiny-seed1 --out out/tiny-seed1/sft-again --lr 5e-4
+
+trains on the filtered posts of a run, starting from its pretrained model. The same loop, `train_lm`, makes the
+"pretrained" model from the world's unfiltered text: this stands for GPT-2, a model that has seen TL;DRs of all qualities.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import DataError, encode_query, encode_response, load_encoding, load_posts, pad_rows, write_atomic
+from model import GPT, choose_precision
+
+
+@dataclass
+class SFTSettings:
+    lr: float = 1e-3  # peak learning rate
+    batch: int = 32  # rows per step
+    epochs: int = 1  # passes over the posts
+    warmup: int = 20  # steps of linear warm-up
+    final_lr: float = 0.1  # the cosine ends at this share of the peak
+    weight_decay: float = 0.01  # on matrices and embeddings
+    query_weight: float = 0.0  # what a query token counts in the loss; a response token counts 1
+
+    def validate(self):
+        check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+def lm_loss(logits, targets, weights):
+    """Weighted mean of -log π(target). logits [N, V], targets [N], weights [N] -> scalar."""
+    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / weights.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what all training shares
+
+def check(ok, message):
+    """Settings are validated in one line each."""
+    if not ok:
+        raise DataError(f"setting out of range: {message}")
+
+
+def make_optimizer(models, lr, weight_decay):
+    """AdamW (betas 0.9, 0.95) over one or several models; weight decay on matrices only."""
+    params = [p for model in models for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=params[0].device.type != "mps")
+
+
+def cosine(step, steps, warmup, final):
+    """Share of the peak learning rate: linear warm-up, then a cosine down to `final` at the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save_state(folder, step, models, optimizer, generator, **more):
+    """Everything that the next step depends on, in one file that is all there or not there at all."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "state.pt")
+    state = {"step": step, "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "more": more,
+             "models": [model.state_dict() for model in models]}
+    with open(path + ".tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def load_state(folder, models, optimizer, generator):
+    """Restore what save_state wrote. -> (next step, more), or (0, {}) where nothing was saved yet."""
+    path = os.path.join(folder, "state.pt")
+    if not os.path.exists(path):
+        return 0, {}
+    state = torch.load(path, map_location=models[0].device, weights_only=True)
+    try:
+        for model, tensors in zip(models, state["models"], strict=True):
+            model.load_state_dict(tensors)
+    except (RuntimeError, ValueError):
+        raise DataError(f"{path} belongs to a model of another shape; remove the folder or name another with --out") from None
+    optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"].cpu())
+    return state["step"], state["more"]
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per step. Resuming at step s drops the lines from s on."""
+
+    def __init__(self, folder, start):
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(folder, "metrics.jsonl")
+        kept = [row for row in read_metrics(folder) if row["step"] < start]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = open(self.path, "a")
+
+    def write(self, step, **values):
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+
+def read_metrics(folder):
+    path = os.path.join(folder, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]  # a line cut by a crash has no end
+
+
+def batches(n, batch, epochs, seed):
+    """The order in which an epoch loop visits n rows: a list of index lists, each epoch its own permutation. The last
+    short batch of an epoch is kept where it is the only one, else dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator).tolist()
+        out += [order[i:i + batch] for i in range(0, max(1, n - batch + 1), batch)]
+    return out
+
+
+def settings_help(cls):
+    """{field: its trailing comment}: the comments of a settings class are its documentation."""
+    return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
+
+
+def add_settings(parser, cls, prefix=""):
+    """One option per field of a settings dataclass, --help from the trailing comments."""
+    comments = settings_help(cls)
+    for field in dataclasses.fields(cls):
+        kind = {"bool": lambda s: {"true": True, "1": True, "false": False, "0": False}[s.lower()]}.get(
+            getattr(field.type, "__name__", field.type), field.type)
+        parser.add_argument(f"--{prefix}{field.name}", type=kind, default=None, metavar=field.type.__name__.upper(),
+                            help=f"{comments.get(field.name, '')} (default {field.default})".replace("%", "%%"))
+
+
+def override(settings, args, prefix=""):
+    """A copy of settings with what the command line named; validated."""
+    named = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(settings)
+             if getattr(args, prefix + f.name) is not None}
+    settings = dataclasses.replace(settings, **named)
+    settings.validate()
+    return settings
+
+
+def run_main(main):
+    """Run a script's main(): bad input ends in one sentence and exit status 2, never in a traceback."""
+    try:
+        main()
+    except DataError as e:
+        sys.exit(_say(e, 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("stopped; the same command goes on from the last checkpoint", 130))
+    except OSError as e:
+        sys.exit(_say(f"{e.filename or 'a file'}: {e.strerror or e}", 2))
+
+
+def _say(message, status):
+    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
+    return status
+
+
+def load_model(folder, device, head="lm"):
+    """GPT.from_pretrained with the device's precision; a missing or unusable folder is one sentence."""
+    try:
+        model = GPT.from_pretrained(folder, head).to(device)
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no model (model.safetensors and config.json)") from None
+    except (ValueError, KeyError, OSError) as e:
+        raise DataError(f"the model in {folder} cannot be loaded: {e}") from None
+    except Exception as e:  # safetensors' own error type for a damaged file
+        raise DataError(f"the model in {folder} is damaged: {e}") from None
+    model.amp_dtype = choose_precision(device)[0]
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training a language model on (query, response) rows: pretraining and supervised fine-tuning
+
+def encode_posts(enc, posts, Q, R):
+    """-> queries, responses: lists of token ids; the response is the author's summary."""
+    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R) for p in posts]
+
+
+def row_loss(model, queries, responses, query_weight):
+    """lm_loss over query ⧺ response: a response token counts 1, a query token query_weight."""
+    tokens, lengths = pad_rows([q + r for q, r in zip(queries, responses)], model.device)
+    query_lengths = torch.tensor([len(q) for q in queries], device=model.device)
+    first = torch.ones_like(query_lengths) if query_weight else query_lengths  # the first column to be predicted
+    h, targets, mask = model.response_hidden(tokens, first, lengths, int((lengths - first).max()))
+    in_query = torch.arange(mask.shape[1], device=model.device) < (query_lengths - first)[:, None]
+    return lm_loss(model.unembed(h), targets, torch.where(in_query, query_weight, 1.0)[mask])
+
+
+@torch.no_grad()
+def evaluate_lm(model, queries, responses, batch=64):
+    """Mean of -log π per response token, in nats."""
+    total, count = 0.0, 0
+    for i in range(0, len(queries), batch):
+        n = sum(map(len, responses[i:i + batch]))
+        total += n * row_loss(model, queries[i:i + batch], responses[i:i + batch], 0.0).item()
+        count += n
+    return total / count
+
+
+def train_lm(model, train, valid, settings, folder, seed, save_every=100, name="sft"):
+    """Train on rows (queries, responses); writes state.pt and metrics.jsonl while it goes, the model at its end."""
+    s = settings
+    queries, responses = train
+    plan = batches(len(queries), s.batch, s.epochs, seed)
+    optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
+    start, _ = load_state(folder, [model], optimizer, generator)
+    log = MetricsLog(folder, start)
+    for step in tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=name, unit="step"):
+        set_lr(optimizer, s.lr * cosine(step, len(plan), s.warmup, s.final_lr))
+        rows = plan[step]
+        loss = row_loss(model, [queries[i] for i in rows], [responses[i] for i in rows], s.query_weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        log.write(step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"])
+        if (step + 1) % save_every == 0 and step + 1 < len(plan):
+            save_state(folder, step + 1, [model], optimizer, generator)
+    valid_loss = evaluate_lm(model, *valid)
+    log.write(len(plan), valid_loss=valid_loss)
+    save_state(folder, len(plan), [model], optimizer, generator)
+    model.save_pretrained(folder)
+    return valid_loss
