@@ -8,7 +8,6 @@ References: Stiennon 2020 §4, appendices F and G; Ziegler 2019 §3; InstructGPT
 Measuring is apart from sampling (sample_policies, the only part that runs models) and from drawing (draw_*).
 Every rate comes with its number of posts and a 95 % bootstrap interval over posts.
 """
-import argparse
 import csv
 import json
 import math
@@ -23,8 +22,8 @@ from tqdm import tqdm
 import world
 from data import DataError, decode_response, encode_query, encode_response, pad_rows, post_key, save_json_lines, write_atomic
 from ppo import compare_policies, kl_estimates
-from reward import sample_responses, score_groups, score_rows
-from sft import read_metrics
+from reward import sample_responses, score_all, score_groups
+from sft import Parser, read_metrics, run_main
 
 POLICIES = ["reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"]
 
@@ -183,7 +182,7 @@ def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of
     eos = enc.n_vocab - 1
 
     def add(name, responses, kls=None):
-        scores = score_rows(reward_model, [q + r for q, r in zip(queries, responses)]).tolist()
+        scores = score_all(reward_model, queries, responses).squeeze(1).tolist()
         for i, response in enumerate(responses):
             rows[i]["policies"][name] = {
                 "text": decode_response(enc, response), "length": len(response), "eos": response[-1] == eos,
@@ -200,7 +199,7 @@ def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of
             kls = sampled_kl(models[name], models["sft"], queries, samples, temperature)
         add(name, greedy, kls)
     many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of)
-    scores = score_rows(reward_model, [queries[i // best_of] + r for i, r in enumerate(many)]).view(-1, best_of)
+    scores = score_all(reward_model, queries, many, best_of)
     add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
         [best_of_n_kl(best_of)] * len(posts))
     return rows
@@ -241,3 +240,194 @@ def measure_policies(rows):
             "copy_fraction": float(np.mean([copy_fraction(s["text"], row["post"]["post"]) for row, s in zip(rows, mine)])),
             "n": len(rows)}
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing and the report
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # Okabe and Ito: colour-blind safe
+LABELS = {"reference": "reference", "lead3": "lead-3", "pretrained": "pretrained\n(zero-shot)", "sft": "SFT",
+          "best_of_n": "best of n", "ppo": "PPO"}
+
+
+def new_figure(columns=1, rows=1, width=5.0, height=3.4):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=.25)
+    return figure, axes
+
+
+def save_figure(figure, path):
+    import matplotlib.pyplot as plt
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_win_rates(policies, path):
+    """Bars of the share of posts on which each policy is preferred to the reference (Stiennon figure 1)."""
+    names = [name for name in POLICIES if name in policies and name != "reference"]
+    figure, ((ax,),) = new_figure(width=7)
+    sides = [("rm_win_rate", ORANGE, "by the reward model")]
+    if policies["reference"]["gold_win_rate"] is not None:
+        sides.insert(0, ("gold_win_rate", BLUE, "by the gold judge"))
+    for k, (key, colour, label) in enumerate(sides):
+        for i, name in enumerate(names):
+            y, (lo, hi) = policies[name][key], policies[name][key + "_ci"]
+            ax.bar(i + .38 * k, y, .36, color=colour, label=label if i == 0 else None)
+            ax.errorbar(i + .38 * k, y, [[max(0, y - lo)], [max(0, hi - y)]], color="black", capsize=3, lw=1)
+    ax.axhline(.5, color=GREY, ls="--", lw=1)
+    ax.set_xticks([i + .19 * (len(sides) - 1) for i in range(len(names))], [LABELS[n] for n in names])
+    ax.set(ylabel="share of posts preferred\nto the reference", ylim=(0, 1.05))
+    ax.legend(frameon=False, loc="upper left")
+    save_figure(figure, path)
+
+
+def draw_training(folder, path):
+    """Loss of every supervised stage by step."""
+    figure, (axes,) = new_figure(columns=3, width=4)
+    for ax, (stage, label) in zip(axes, (("pretrained", "pretraining"), ("sft", "SFT"), ("reward", "reward model"))):
+        rows = [r for r in read_metrics(os.path.join(folder, stage)) if "loss" in r]
+        ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=BLUE, alpha=.3, lw=.8)
+        window = max(1, len(rows) // 20)
+        smooth = np.convolve([r["loss"] for r in rows], np.ones(window) / window, "valid")
+        ax.plot([r["step"] for r in rows][window - 1:], smooth, color=BLUE)
+        ax.set(title=label, xlabel="step", ylabel="loss (nats)")
+    save_figure(figure, path)
+
+
+def draw_ppo(folder, path):
+    """What to watch while PPO runs."""
+    rows = read_metrics(os.path.join(folder, "ppo"))
+    curves = [("score", "reward model's score"), ("gold", "gold utility (key facts)"), ("kl", "KL to SFT (nats)"),
+              ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
+              ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
+    curves = [c for c in curves if rows[0].get(c[0]) is not None]
+    figure, axes = new_figure(columns=4, rows=2, width=3.2, height=2.6)
+    for ax, (key, label) in zip(axes.flat, curves):
+        ax.plot([r["step"] for r in rows], [r[key] for r in rows], color=BLUE)
+        ax.set(xlabel="iteration", title=label)
+        ax.title.set_fontsize(9)
+    for ax in list(axes.flat)[len(curves):]:
+        ax.axis("off")
+    axes.flat[-1].set_ylim(bottom=max(-1, axes.flat[-1].get_ylim()[0]))
+    save_figure(figure, path)
+
+
+def draw_reward(measured, path):
+    """Calibration of the reward model and its accuracy by the labeler's confidence."""
+    figure, ((left, right),) = new_figure(columns=2, width=4.2)
+    c = measured["calibration"]
+    left.plot([.5, 1], [.5, 1], color=GREY, ls="--", lw=1)
+    error = [math.sqrt(b["observed"] * (1 - b["observed"]) / b["n"]) for b in c]
+    left.errorbar([b["predicted"] for b in c], [b["observed"] for b in c], error, color=BLUE, marker="o", capsize=3)
+    left.set(xlabel="predicted preference", ylabel="observed preference", title="calibration")
+    b = [row for row in measured["by_confidence"] if row["confidence"] is not None]
+    right.bar([str(row["confidence"]) for row in b], [row["accuracy"] for row in b], color=BLUE)
+    right.axhline(.5, color=GREY, ls="--", lw=1)
+    right.set(xlabel="labeler's confidence", ylabel="agreement with labeler", ylim=(0, 1), title="accuracy by confidence")
+    save_figure(figure, path)
+
+
+def show(value, form=".1%"):
+    return "–" if value is None else format(value, form)
+
+
+def table_rows(policies):
+    """Header and rows of the table that the run ends with."""
+    header = ["policy", "gold win rate", "95 % interval", "equal length", "RM win rate", "gold utility", "RM score", "KL", "length", "no EOS"]
+    rows = []
+    for name in [n for n in POLICIES if n in policies]:
+        p = policies[name]
+        ci = "–" if p["gold_win_rate_ci"] is None else "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"])
+        rows.append([LABELS[name].replace("\n", " "), show(p["gold_win_rate"]), ci, show(p["gold_win_rate_length_controlled"]),
+                     show(p["rm_win_rate"]), show(p["gold_utility"], ".2f"), show(p["rm_score"], ".2f"), show(p["kl"], ".1f"),
+                     show(p["length"], ".1f"), show(p["no_eos"])])
+    return header, rows
+
+
+def report_text(settings, seconds, reward, policies, samples):
+    """report.md"""
+    header, rows = table_rows(policies)
+    n = policies["reference"]["n"]
+    out = [f"# Report of a run: preset {settings['preset']}, seed {settings['seed']}", "",
+           f"Win rates are against the reference summary of the same held-out post ({n} posts, ties count one half), greedy decoding; "
+           "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature.", "",
+           "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    out += ["| " + " | ".join(row) + " |" for row in rows]
+    out += ["", "![win rates](win_rates.png)", "", "## Reward model", "",
+            f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
+            f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
+            f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
+            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}, the ceiling that label noise sets.")]
+    if reward["accuracy_ci"][0] <= reward["longer_wins"]:
+        out += ["", "**Its interval reaches down to 'longer wins': on these labels it has not shown that it learned more than length.**"]
+    out += ["", "![reward model](reward.png)", "", "## Training", "", "![losses](training.png)", "", "![PPO](ppo.png)", "",
+            "## Samples", "", "The first five held-out posts, not chosen."]
+    for row in samples[:5]:
+        post = row["post"]
+        out += ["", f"**r/{post['subreddit']}: {post['title']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
+        for name in [n for n in POLICIES if n in row["policies"]]:
+            s = row["policies"][name]
+            gold = f"; gold {world.utility(post, s['text']):.1f}" if "facts" in post else ""
+            text = " ".join(s["text"].split()) or "(empty)"
+            out.append(f"- *{LABELS[name]}* ({s['length']} tokens; RM {s['score']:.2f}{gold}): {text}".replace("\n", " "))
+    out += ["", "## Time", "", ", ".join(f"{stage} {t:.0f} s" for stage, t in seconds.items()) + "."]
+    return "\n".join(out) + "\n"
+
+
+def write_report(folder, seconds=None, peak_rss_mb=None):
+    """Measure what a run left, draw it, write report/, print the table. Time and memory stay what they were where not given."""
+    try:
+        with open(os.path.join(folder, "evaluation", "samples.jsonl")) as f:
+            samples = [json.loads(line) for line in f]
+        with open(os.path.join(folder, "reward", "held_out.jsonl")) as f:
+            margins = [json.loads(line) for line in f]
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+    except FileNotFoundError as e:
+        raise DataError(f"{e.filename} does not exist: `python run.py --out {folder}` has not finished") from None
+    except ValueError as e:
+        raise DataError(f"{folder} holds a damaged file ({e})") from None
+    report = os.path.join(folder, "report")
+    os.makedirs(report, exist_ok=True)
+    results_file = os.path.join(report, "results.json")
+    old = {}
+    if os.path.exists(results_file):
+        with open(results_file) as f:
+            old = json.load(f)
+    policies, reward = measure_policies(samples), measure_reward(margins)
+    seconds = dict(seconds or old.get("seconds", {}))
+    seconds["total"] = sum(t for stage, t in seconds.items() if stage != "total")
+    results = {"settings": {k: v for k, v in config.items() if k != "versions"}, "seconds": seconds,
+               "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward, "policies": policies}
+    write_atomic(results_file, json.dumps(results, indent=1))
+    draw_win_rates(policies, os.path.join(report, "win_rates.png"))
+    draw_reward(reward, os.path.join(report, "reward.png"))
+    draw_training(folder, os.path.join(report, "training.png"))
+    draw_ppo(folder, os.path.join(report, "ppo.png"))
+    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples))
+    header, rows = table_rows(policies)
+    with open(os.path.join(report, "policies.csv"), "w", newline="") as f:
+        csv.writer(f).writerows([header] + rows)
+    widths = [max(len(r[i]) for r in [header] + rows) for i in range(len(header))]
+    for row in [header] + rows:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; ceiling {show(reward['labeler_ceiling'])}; "
+          f"longer wins {reward['longer_wins']:.1%}")
+    memory = "" if peak_rss_mb is None else f", peak memory {peak_rss_mb:.0f} MB"
+    print(f"{seconds['total']:.0f} s of stages{memory}; report in {os.path.join(report, 'report.md')}")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("run", help="folder of a finished run")
+    write_report(parser.parse_args().run)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -46,6 +46,12 @@ def choose_precision(device):
     return torch.float32, f"no fast bf16 on this {device}"
 
 
+def round_up(n, multiple):
+    """Shapes are padded up to a few sizes: bf16 libraries on CPUs compile a kernel for each new shape, which costs more
+    time than the padding, and memory for each kernel (1.3 GB in one pretraining, before)."""
+    return -(-n // multiple) * multiple
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # attention: the specification
 
@@ -79,6 +85,24 @@ class Block(nn.Module):
         q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, d))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+    def branch(self, x, y, visible):
+        """The same block for n responses y [P, n, R, d] that share the query x [P, Q, d]: a response attends to the query,
+        as far as `visible` [P, Q] says, and causally to itself, but not to its siblings."""
+        (P, n, R, d), Q, H, D = y.shape, x.shape[1], self.n_head, y.shape[-1] // self.n_head
+        q, k, v = self.c_attn(self.ln_1(x)).view(P, Q, 3, H, D).permute(2, 0, 3, 1, 4)  # [P, H, Q, D]
+        qy, ky, vy = self.c_attn(self.ln_1(y)).view(P, n, R, 3, H, D).permute(3, 0, 4, 1, 2, 5)  # [P, H, n, R, D]
+        past = torch.where(visible, 0.0, float("-inf")).to(q.dtype)[:, None, None]  # [P, 1, 1, Q]
+        future = torch.full((R, R), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        qy = qy / math.sqrt(D)
+        to_query = (qy.reshape(P, H, n * R, D) @ k.transpose(-1, -2) + past).view(P, H, n, R, Q)
+        to_self = qy @ ky.transpose(-1, -2) + future
+        weights = torch.cat([to_query, to_self], -1).softmax(-1)
+        mixed = (weights[..., :Q].reshape(P, H, n * R, Q) @ v).view(P, H, n, R, D) + weights[..., Q:] @ vy
+        y = y + self.attn_proj(mixed.permute(0, 2, 3, 1, 4).reshape(P, n, R, d))
+        x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(P, Q, d))
+        return tuple(z + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(z)), approximate="tanh")) for z in (x, y))
 
 
 class GPT(nn.Module):
@@ -126,16 +150,19 @@ class GPT(nn.Module):
     def hidden(self, tokens):
         """tokens [B, T] -> float32 hidden states after the final layer norm [B, T, d]."""
         T = tokens.shape[1]
+        tokens = F.pad(tokens, (0, min(round_up(T, 16), self.config.n_positions) - T))
         with self.amp():
-            x = self.wte(tokens) + self.wpe.weight[:T]
+            x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
             for block in self.blocks:
                 x = block(x)
-        return self.ln_f(x.float())
+        return self.ln_f(x[:, :T].float())
 
     def unembed(self, h):
         """h [..., d] -> float32 logits [..., V]; tied weights."""
+        n = h.numel() // h.shape[-1]
         with self.amp():
-            return F.linear(h, self.wte.weight).float()
+            rows = F.pad(h.reshape(n, -1), (0, 0, 0, round_up(n, 128) - n))
+            return F.linear(rows, self.wte.weight)[:n].float().view(*h.shape[:-1], -1)
 
     def forward(self, tokens):
         """tokens [B, T] -> logits [B, T, V]; column i predicts token i + 1."""
@@ -164,6 +191,22 @@ class GPT(nn.Module):
         rows = torch.arange(len(tokens), device=tokens.device)
         return self.score(self.hidden(tokens)[rows, lengths - 1]).squeeze(-1)
 
+    def branch_scores(self, queries, query_lengths, responses, lengths):
+        """scores() of n responses to each query, the query read once: a third of the tokens where n is 5.
+
+        queries [P, Q], query_lengths [P], responses [P, n, R], lengths [P, n] (of the responses alone) -> [P, n]"""
+        Q, R = round_up(queries.shape[1], 16), round_up(responses.shape[2], 16)
+        queries, responses = F.pad(queries, (0, Q - queries.shape[1])), F.pad(responses, (0, R - responses.shape[2]))
+        position = query_lengths[:, None] + torch.arange(R, device=queries.device)
+        visible = torch.arange(Q, device=queries.device) < query_lengths[:, None]
+        with self.amp():
+            x = self.wte(queries) + self.wpe(torch.arange(Q, device=queries.device).clamp(max=self.config.n_positions - 1))
+            y = self.wte(responses) + self.wpe(position.clamp(max=self.config.n_positions - 1))[:, None]
+            for block in self.blocks:
+                x, y = block.branch(x, y, visible)
+        last = (lengths - 1)[..., None, None].expand(-1, -1, 1, y.shape[-1])
+        return self.score(self.ln_f(y.gather(2, last).squeeze(2).float())).squeeze(-1)
+
     def values(self, tokens, query_lengths, lengths, R):
         """Value model: V(s_t), read where y_t is predicted from. -> [B, R], 0 behind each row's end."""
         h, _, mask = self.response_hidden(tokens, query_lengths, lengths, R)
@@ -182,6 +225,8 @@ class GPT(nn.Module):
         one row draws does not depend on when other rows finish. `generator` is a CPU generator on every device.
         """
         c, device, dtype = self.config, self.device, self.amp_dtype
+        tokens = F.pad(tokens, (0, max(0, min(round_up(tokens.shape[1], 16), self.config.n_positions - max_new_tokens)
+                                       - tokens.shape[1])))
         B, Q = tokens.shape
         R, H, D = max_new_tokens, c.n_head, c.n_embd // c.n_head
         if Q + R > c.n_positions:
@@ -220,7 +265,7 @@ class GPT(nn.Module):
         logprobs = torch.zeros(B * n, R, device=device)
         uniform = torch.rand(B * n, R, generator=generator).to(device)
 
-        # 2. one token per step; finished rows are dropped from the work once a quarter of it is theirs
+        # 2. one token per step; finished rows are dropped once a quarter of the work is theirs
         row = torch.arange(B * n, device=device)  # where in the batch the rows in work stand
         position = start.clone()  # the column that each row's next token takes
         alive = torch.ones(B * n, dtype=torch.bool, device=device)
@@ -245,8 +290,9 @@ class GPT(nn.Module):
                     left = int(alive.sum())
                     if left == 0:
                         break
-                    if left <= 0.75 * len(row):
-                        keep = alive.nonzero().squeeze(1)
+                    size = min(len(row), round_up(left, 32))
+                    if size <= 0.75 * len(row):  # the living first; a few finished ones fill up the size
+                        keep = alive.long().argsort(descending=True, stable=True)[:size]
                         row, position, token, cache = row[keep], position[keep], token[keep], cache[:, :, keep]
                         alive = alive[keep]
             width, index = longest + t + 1, torch.arange(len(row), device=device)

@@ -13,7 +13,6 @@ take a few clipped steps on them (update). To change the reward, change `score` 
 Conventions: entry t of a [B, R] tensor belongs to response token y_t; the episode ends at EOS, where the score lands;
 everything behind is masked, ignored on input and 0 on output.
 """
-import argparse
 import json
 import os
 import time
@@ -23,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DataError, decode_response, pad_rows
-from sft import MetricsLog, batches, check, load_state, make_optimizer, save_state, set_lr
+import world
+from data import DataError, decode_response, encode_query, pad_rows, write_atomic
+from sft import (MetricsLog, alone, batches, check, load_model, load_state, make_optimizer, run_main, save_state, set_lr)
 
 
 @dataclass
 class PPOSettings:
     lr: float = 3e-4  # learning rate of policy and value model, falling linearly to 0
-    iterations: int = 25  # rollouts
+    iterations: int = 12  # rollouts
     batch: int = 64  # episodes per rollout
     minibatches: int = 2  # parts a rollout is cut into; one optimizer step each
     epochs: int = 4  # passes over each rollout
@@ -249,15 +249,42 @@ def check_ratio(stats, dtype):
                         f"{stats['mean_log_ratio']:.2g}), above rounding: the policy that trains is not the one that sampled")
 
 
-def train_ppo(policy, ref_policy, reward_model, value_model, queries, enc, R, s, folder, seed, gold=None, save_every=10):
-    """The algorithm. gold: optional function (index of query, text) -> true utility, logged and never trained on."""
+def mean_utility(posts, texts):
+    """The gold judge's mean utility of summaries, None where the posts are real and nobody knows."""
+    if "facts" not in posts[0]:
+        return None
+    return sum(world.utility(post, text) for post, text in zip(posts, texts)) / len(posts)
+
+
+class SampleLog:
+    """samples.jsonl: the first episodes of each iteration with score, kl and what is left of the score after the KL penalty."""
+
+    def __init__(self, folder, start, per_iteration=4):
+        self.path, self.per_iteration = os.path.join(folder, "samples.jsonl"), per_iteration
+        kept = []
+        if start and os.path.exists(self.path):
+            with open(self.path) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["iteration"] < start]
+        write_atomic(self.path, "".join(kept))
+
+    def write(self, iteration, texts, scores, kls):
+        with open(self.path, "a") as f:
+            for (query, response), score, kl in list(zip(texts, scores, kls))[:self.per_iteration]:
+                f.write(json.dumps({"iteration": iteration, "query": query, "response": response, "score": score, "kl": kl}) + "\n")
+
+
+def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5):
+    """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used."""
+    policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
+    value_model, reward_model = (load_model(os.path.join(folder_of_run, "reward"), device, "scalar") for _ in range(2))
+    queries = [encode_query(enc, post, Q) for post in posts]
     plan = batches(len(queries), s.batch, 1 + s.iterations * s.batch // len(queries), seed)
     controller = FixedKL(s.beta)
     optimizer, generator = make_optimizer([policy, value_model], s.lr, 0.0), torch.Generator().manual_seed(seed)
     start, more = load_state(folder, [policy, value_model], optimizer, generator)
     controller.beta = more.get("beta", controller.beta)
     log = MetricsLog(folder, start)
-    samples = open(os.path.join(folder, "samples.jsonl"), "a")
+    samples = SampleLog(folder, start)
     bar = tqdm(range(start, s.iterations), initial=start, total=s.iterations, desc="ppo", unit="iteration")
     for iteration in bar:
         began = time.time()
@@ -274,15 +301,22 @@ def train_ppo(policy, ref_policy, reward_model, value_model, queries, enc, R, s,
         log.write(iteration, score=r.score.mean().item(), kl=r.kl.mean().item(), kl_k1=k1, kl_k3=k3, beta=controller.beta,
                   entropy=r.entropy.item(), length=r.mask.sum(1).float().mean().item(), no_eos=r.no_eos.float().mean().item(),
                   explained_variance=1 - masked_mean((r.values - r.returns) ** 2, r.mask).item() / max(spread, 1e-8),
-                  gold=None if gold is None else sum(gold(i, t) for i, t in zip(rows, texts)) / len(rows),
+                  gold=mean_utility([posts[i] for i in rows], texts),
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
-        for i, text, score, kl in list(zip(rows, texts, r.score.tolist(), r.kl.tolist()))[:4]:
-            samples.write(json.dumps({"iteration": iteration, "query": enc.decode(queries[i]), "response": text,
-                                      "score": score, "kl": kl}) + "\n")
+        samples.write(iteration, [(enc.decode(queries[i]), t) for i, t in zip(rows, texts)], r.score.tolist(), r.kl.tolist())
         bar.set_postfix(score=f"{r.score.mean().item():.2f}", kl=f"{r.kl.mean().item():.1f}")
         if (iteration + 1) % save_every == 0 and iteration + 1 < s.iterations:
             save_state(folder, iteration + 1, [policy, value_model], optimizer, generator, beta=controller.beta)
-    samples.close()
     save_state(folder, s.iterations, [policy, value_model], optimizer, generator, beta=controller.beta)
     value_model.save_pretrained(os.path.join(folder, "value"))
     policy.save_pretrained(folder)
+
+
+def main():
+    run, settings, out, device = alone(__doc__, "ppo", PPOSettings)
+    train_ppo(run.folder, run.enc, run.posts["pretrain"], run.Q, run.R, settings, out, run.seed, device)
+    print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
+
+
+if __name__ == "__main__":
+    run_main(main)

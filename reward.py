@@ -12,9 +12,6 @@ All comparisons of a post go into one step and each of its summaries through the
 labels on four summaries cost four forward passes, not twelve. After training, b is set so that the reference summaries
 score 0 on average (Stiennon §3.4): a positive score then means "better than what the author wrote".
 """
-import argparse
-import dataclasses
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,14 +22,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from data import decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
-from model import GPT
-from sft import (MetricsLog, batches, check, cosine, load_state, make_optimizer, save_state, set_lr)
+from data import DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
+from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main,
+                 save_state, set_lr)
 
 
 @dataclass
 class RewardSettings:
-    lr: float = 5e-4  # peak learning rate
+    lr: float = 1e-3  # peak learning rate
     batch: int = 8  # posts per step, with all their comparisons
     epochs: int = 1  # passes over the comparisons; the papers take one
     warmup: int = 20  # steps of linear warm-up
@@ -45,10 +42,10 @@ class RewardSettings:
 
 @dataclass
 class CollectSettings:
-    posts: int = 1500  # posts whose summaries are compared for training
-    pairs: int = 6  # comparisons per post, drawn from all pairs of its summaries
-    held_out_posts: int = 400  # posts for testing the reward model
-    noise: float = 1.0  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
+    posts: int = 1300  # posts whose summaries are compared for training
+    pairs: int = 10  # comparisons per post, drawn from all pairs of its summaries
+    held_out_posts: int = 300  # posts for testing the reward model
+    noise: float = 1.1  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
     length_bias: float = 0.0  # key facts that a summary of e times the words is worth to the labelers
     copy_bias: float = 0.0  # key facts that a summary copied whole from the post is worth to them
     flipped: bool = False  # the labelers choose the worse one (the bug of Ziegler's blog post)
@@ -70,7 +67,7 @@ def pairwise_loss(chosen, rejected):
 # collecting comparisons
 
 @torch.no_grad()
-def sample_responses(policy, queries, R, temperature, generator, n=1, batch=512):
+def sample_responses(policy, queries, R, temperature, generator, n=1, batch=192):
     """Lists of response ids, n per query in a row; queries are sorted by length for speed, the order is kept."""
     eos, out = policy.config.eos, [None] * (len(queries) * n)
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
@@ -117,34 +114,53 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
 # training
 
 def group_by_post(enc, comparisons, Q, R):
-    """Comparisons -> one entry per post: {rows: [ids of query + summary], pairs: [(better row, worse row)],
-    index: which comparisons}. Each distinct summary of a post becomes one row."""
+    """Comparisons -> one entry per post: {query: ids, responses: [ids], pairs: [(better, worse)], index: [comparison]}.
+    Each distinct summary of a post becomes one response."""
     posts = defaultdict(list)
     for i, c in enumerate(comparisons):
         posts[post_key(c["info"])].append(i)
     groups = []
     for members in posts.values():
-        query = encode_query(enc, comparisons[members[0]]["info"], Q)
-        rows, pairs = {}, []
+        texts, pairs = {}, []
         for i in members:
             c = comparisons[i]
-            a, b = (rows.setdefault(s["text"].strip(), len(rows)) for s in c["summaries"])
+            a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
-        groups.append({"rows": [query + encode_response(enc, text, R) for text in rows], "pairs": pairs, "index": members})
+        groups.append({"query": encode_query(enc, comparisons[members[0]]["info"], Q), "pairs": pairs, "index": members,
+                       "responses": [encode_response(enc, text, R) for text in texts]})
     return groups
 
 
+def score_responses(model, queries, responses):
+    """Scores of several responses to each query. queries: [ids], responses: [[ids, ...], ...] -> [P, n], 0 where a query
+    has fewer than n."""
+    n = max(map(len, responses))
+    query_tokens, query_lengths = pad_rows(queries, model.device)
+    tokens, lengths = pad_rows([r for rs in responses for r in rs + [[0]] * (n - len(rs))], model.device)
+    scores = model.branch_scores(query_tokens, query_lengths, tokens.view(len(queries), n, -1), lengths.view(-1, n))
+    real = torch.tensor([[i < len(rs) for i in range(n)] for rs in responses], device=scores.device)
+    return torch.where(real, scores, 0)
+
+
 def score_groups(model, groups):
-    """Scores of the better and the worse summary of each comparison of these posts. -> chosen [P], rejected [P]"""
-    tokens, lengths = pad_rows([row for g in groups for row in g["rows"]], model.device)
-    scores = model.scores(tokens, lengths)
-    offsets = np.cumsum([0] + [len(g["rows"]) for g in groups])
-    better, worse = zip(*[(o + w, o + l) for o, g in zip(offsets, groups) for w, l in g["pairs"]])
-    return scores[list(better)], scores[list(worse)]
+    """Scores of the better and the worse summary of each comparison of these posts. -> chosen [C], rejected [C]"""
+    scores = score_responses(model, [g["query"] for g in groups], [g["responses"] for g in groups])
+    rows, better, worse = zip(*[(i, w, l) for i, g in enumerate(groups) for w, l in g["pairs"]])
+    return scores[list(rows), list(better)], scores[list(rows), list(worse)]
 
 
-def train_reward(model, groups, references, settings, folder, seed, save_every=100):
-    """One epoch of pairwise loss, then the shift that makes references ([ids of query + reference]) score 0."""
+def split_comparisons(enc, path, Q, R):
+    """Read comparisons.jsonl -> (groups to train on, groups held out, the comparisons)."""
+    comparisons, _ = load_comparisons(path)
+    groups = group_by_post(enc, comparisons, Q, R)
+    train, held_out = ([g for g in groups if comparisons[g["index"][0]].get("split") == split] for split in ("train", "valid"))
+    if not train or not held_out:
+        raise DataError(f"{path} leaves {len(train)} posts to train on and {len(held_out)} held out; each side needs one")
+    return train, held_out, comparisons
+
+
+def train_reward(model, groups, references, settings, folder, seed, save_every=200):
+    """One epoch of pairwise loss, then the shift that makes references (queries, responses) score 0 on average."""
     s = settings
     plan = batches(len(groups), s.batch, s.epochs, seed)
     optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
@@ -162,18 +178,32 @@ def train_reward(model, groups, references, settings, folder, seed, save_every=1
         if (step + 1) % save_every == 0 and step + 1 < len(plan):
             save_state(folder, step + 1, [model], optimizer, generator)
     with torch.no_grad():
-        model.score.bias -= score_rows(model, references).mean()
+        model.score.bias -= score_all(model, *references).mean()
     save_state(folder, len(plan), [model], optimizer, generator)
     model.save_pretrained(folder)
 
 
 @torch.no_grad()
-def score_rows(model, rows, batch=128):
-    """Scores of rows [ids of query + response], in their order. -> [len(rows)] on the CPU"""
-    out = torch.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for i in tqdm(range(0, len(order), batch), desc="scoring", unit="batch", leave=False):
-        take = order[i:i + batch]
-        tokens, lengths = pad_rows([rows[j] for j in take], model.device)
-        out[take] = model.scores(tokens, lengths).float().cpu()
+def score_all(model, queries, responses, n=1, batch=256):
+    """Scores of n responses to each query, which stand in a row in `responses`. -> [len(queries), n] on the CPU"""
+    out, step = torch.zeros(len(queries), n), max(1, batch // n)
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+    for i in tqdm(range(0, len(order), step), desc="scoring", unit="batch", leave=False):
+        take = order[i:i + step]
+        out[take] = score_responses(model, [queries[j] for j in take], [responses[j * n:(j + 1) * n] for j in take]).cpu()
     return out
+
+
+def main():
+    run, settings, out, device = alone(__doc__, "reward", RewardSettings)
+    torch.manual_seed(run.seed)
+    model = load_model(os.path.join(run.folder, "sft"), device, "scalar")
+    train, held_out, _ = split_comparisons(run.enc, os.path.join(run.folder, "comparisons.jsonl"), run.Q, run.R)
+    train_reward(model, train, encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R), settings, out, run.seed)
+    with torch.no_grad():
+        right = torch.cat([(chosen > rejected).float() for g in held_out for chosen, rejected in [score_groups(model, [g])]])
+    print(f"held-out accuracy {right.mean():.3f} on {len(right)} comparisons; model in {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

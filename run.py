@@ -8,29 +8,28 @@ The whole of "learning to summarize from human feedback" in one command, offline
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
 made with other settings is refused.
 """
-import argparse
-import copy
 import dataclasses
 import json
 import os
 import platform
 import random
 import resource
-import sys
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import evaluation
 import world
-from data import (DataError, encode_query, encode_response, load_comparisons, load_encoding, load_posts, post_key, query_text,
+from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
                   save_encoding, save_json_lines, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, train_ppo
-from reward import CollectSettings, RewardSettings, collect, group_by_post, train_reward
-from sft import SFTSettings, add_settings, check, encode_posts, evaluate_lm, load_model, override, run_main, train_lm
+from reward import CollectSettings, RewardSettings, collect, split_comparisons, train_reward
+from sft import (Parser, SFTSettings, add_settings, check, encode_posts, load_model, open_run, override, pick_device, run_main,
+                 train_lm)
 
 
 @dataclass
@@ -52,8 +51,8 @@ class ModelSettings:
 
 @dataclass
 class PostSettings:
-    pretrain: int = 9600  # unfiltered posts for the language model, and the prompts of PPO
-    sft: int = 3200  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
+    pretrain: int = 16000  # unfiltered posts for the language model; PPO takes its prompts from them
+    sft: int = 1600  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
     test: int = 500  # held-out posts of the evaluation
 
     def validate(self):
@@ -72,7 +71,7 @@ class EvaluationSettings:
 class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: PostSettings = field(default_factory=PostSettings)
-    pretrain: SFTSettings = field(default_factory=lambda: SFTSettings(lr=2e-3, batch=16, warmup=50, query_weight=0.05))
+    pretrain: SFTSettings = field(default_factory=lambda: SFTSettings(lr=2e-3, batch=16, warmup=50, final_lr=0.05, query_weight=0.05))
     sft: SFTSettings = field(default_factory=lambda: SFTSettings(lr=5e-4, batch=16))
     collect: CollectSettings = field(default_factory=CollectSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
@@ -82,6 +81,8 @@ class Settings:
 
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
+    "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
+             "reward.batch": 4, "reward.lr": 1e-4, "ppo.iterations": 8, "data.test": 100, "evaluation.best_of": 4},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
@@ -92,170 +93,220 @@ def preset(name):
     settings = Settings()
     for key, value in PRESETS[name].items():
         stage, setting = key.split(".")
-        part = getattr(settings, stage)
-        if not hasattr(part, setting):
-            raise KeyError(key)
-        setattr(part, setting, value)
+        setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
     for part in dataclasses.fields(settings):
         getattr(settings, part.name).validate()
     return settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# stages: each leaves its result in the run's folder and is skipped where that result is
+# stages: each leaves its result in the run's folder, and is skipped where that result is
 
-class Run:
-    """The folder of a run, its settings, and what the stages share."""
+def path(run, *parts):
+    return os.path.join(run.folder, *parts)
 
-    def __init__(self, out, settings, name, seed, device, posts, comparisons):
-        self.out, self.s, self.name, self.seed, self.device = out, settings, name, seed, device
-        self.posts_file, self.comparisons_file = posts, comparisons
-        self.seconds = {}
 
-    def path(self, *parts):
-        return os.path.join(self.out, *parts)
-
-    def generator(self, stage):
-        """Every stage draws from a generator of its own, so that a stage repeated alone draws the same."""
-        return torch.Generator().manual_seed(self.seed * 1000 + stage)
-
-    def load(self, folder, head="lm"):
-        return load_model(self.path(folder), self.device, head)
+def split_posts(run):
+    """The posts of every split, from the embedded world or from a file."""
+    s = run.settings
+    if run.posts_file is None:
+        sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
+                 "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
+        surplus = {"sft", "valid", "test"}  # these will be filtered by length
+        return {name: world.make_posts(2 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0)
+                for name, n in sizes.items()}
+    posts, skipped = load_posts(run.posts_file)
+    print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
+    if len(posts) < 8:
+        raise DataError(f"{run.posts_file} has {len(posts)} usable posts; at least 8 are needed")
+    for post in posts:
+        post.pop("facts", None)  # the gold judge speaks of its own world only
+    random.Random(run.seed).shuffle(posts)
+    held = max(1, min(s.data.test, len(posts) // 8))
+    train = posts[2 * held:]
+    return {"test": posts[:held], "valid": posts[held:2 * held], "pretrain": train[:s.data.pretrain], "sft": train[:s.data.sft]}
 
 
 def stage_data(run):
-    """Posts of every split, the tokenizer, Q and R."""
-    if os.path.exists(run.path("data", "lengths.json")):
-        return
-    os.makedirs(run.path("data"), exist_ok=True)
-    s = run.s
-    if run.posts_file:
-        posts, skipped = load_posts(run.posts_file)
-        print(f"{run.posts_file}: {len(posts)} posts" + (f", {skipped} skipped because they are empty" if skipped else ""))
-        random.Random(run.seed).shuffle(posts)
-        held = max(1, min(s.data.test, len(posts) // 8))
-        if len(posts) < 8:
-            raise DataError(f"{run.posts_file} has {len(posts)} usable posts; at least 8 are needed")
-        splits = {"test": posts[:held], "valid": posts[held:2 * held], "pretrain": posts[2 * held:][:s.data.pretrain]}
-        splits["sft"] = splits["pretrain"][:s.data.sft]
-        corpus = splits["pretrain"]
-    else:
-        splits = {name: world.make_posts(n, run.seed, name, 0.4 if name == "pretrain" else 1.0) for name, n in
-                  {"pretrain": s.data.pretrain, "sft": 2 * s.data.sft, "valid": 400, "test": 2 * s.data.test,
-                   "collect": s.collect.posts, "held_out": s.collect.held_out_posts}.items()}
-        corpus = splits["pretrain"][:3000]
-    enc = train_bpe([query_text(p) + " " + p["summary"] for p in corpus], s.model.vocab_size)
-    if not run.posts_file:  # supervised training and evaluation take the filtered TL;DRs, as the papers do
-        for name, n in (("sft", s.data.sft), ("valid", 400), ("test", s.data.test)):
-            splits[name] = [p for p in splits[name] if 24 <= len(encode_response(enc, p["summary"], 1000)) <= 48][:n]
-    R = s.model.max_response or int(np.percentile([len(encode_response(enc, p["summary"], 10**6)) for p in splits["sft"]], 99))
+    """Posts of every split, the tokenizer trained on them, query and response lengths Q and R."""
+    s, splits = run.settings, split_posts(run)
+    enc = train_bpe([query_text(p) + " " + p["summary"] for p in splits["pretrain"][:5000]], s.model.vocab_size)
+    if run.posts_file is None:  # supervised training and evaluation take the filtered TL;DRs only, as the papers do
+        for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
+            fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))]
+            splits[name] = fits[:n]
+    lengths = [len(encode_response(enc, p["summary"], 10**6)) for p in splits["sft"]]
+    R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
-    save_encoding(enc, run.path("tokenizer.json"))
+    os.makedirs(path(run, "data"), exist_ok=True)
+    save_encoding(enc, path(run, "tokenizer.json"))
     for name, posts in splits.items():
-        save_json_lines(run.path("data", name + ".jsonl"), posts)
-    write_atomic(run.path("data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
-
-
-def read_data(run):
-    """What stage_data left, as attributes of the run."""
-    run.enc = load_encoding(run.path("tokenizer.json"))
-    with open(run.path("data", "lengths.json")) as f:
-        lengths = json.load(f)
-    run.Q, run.R = lengths["Q"], lengths["R"]
-    run.posts = {name[:-6]: load_posts(run.path("data", name))[0] for name in os.listdir(run.path("data"))
-                 if name.endswith(".jsonl")}
+        save_json_lines(path(run, "data", name + ".jsonl"), posts)
+    write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
+    print(f"{', '.join(f'{len(posts)} {name}' for name, posts in splits.items())} posts; {enc.n_vocab} tokens; "
+          f"queries up to Q = {Q}, responses up to R = {R} tokens")
 
 
 def stage_pretrain(run):
-    """A language model on unfiltered text: stands for GPT-2."""
+    """A language model on unfiltered text: it stands for GPT-2."""
     torch.manual_seed(run.seed)
-    m = run.s.model
-    config = GPTConfig(run.enc.n_vocab, run.Q + max(run.R, 96), m.n_layer, m.n_head, m.n_embd, run.enc.n_vocab - 1)
-    model = GPT(config).to(run.device)
+    m = run.settings.model
+    model = GPT(GPTConfig(run.enc.n_vocab, run.Q + max(run.R, 96), m.n_layer, m.n_head, m.n_embd, run.enc.n_vocab - 1))
+    model = model.to(run.device)
     model.amp_dtype = choose_precision(run.device)[0]
     loss = train_lm(model, encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R),
-                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.s.pretrain, run.path("pretrained"),
+                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.pretrain, path(run, "pretrained"),
                     run.seed, name="pretrain")
-    print(f"held-out loss {loss:.3f} nats per TL;DR token")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out loss {loss:.3f} nats per summary token")
 
 
 def stage_sft(run):
     """Supervised fine-tuning on the filtered summaries."""
-    loss = train_lm(run.load("pretrained"), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
-                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.s.sft, run.path("sft"), run.seed)
-    print(f"held-out loss {loss:.3f} nats per TL;DR token")
+    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
+                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.sft, path(run, "sft"), run.seed)
+    print(f"held-out loss {loss:.3f} nats per summary token")
 
 
 def stage_collect(run):
-    """Comparisons: from the labelers of the embedded world, or a file of human ones."""
-    s = run.s.collect
-    rng = random.Random(f"collect-{run.seed}")
-    if run.comparisons_file:
-        comparisons, skipped = load_comparisons(run.comparisons_file)
-        print(f"{run.comparisons_file}: {len(comparisons)} comparisons" +
-              (f", {skipped} skipped because they are empty" if skipped else ""))
-        keys = sorted({post_key(c["info"]) for c in comparisons})
-        rng.shuffle(keys)
-        held = set(keys[:max(1, len(keys) // 5)])
-        for c in comparisons:
-            c["split"] = "valid" if post_key(c["info"]) in held else "train"
+    """Comparisons, from the labelers of the embedded world or from a file of human ones."""
+    s, rng = run.settings.collect, random.Random(f"collect-{run.seed}")
+    if run.comparisons_file is None:
+        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, seed=run.seed)
+        sft, pretrained = (load_model(path(run, name), run.device) for name in ("sft", "pretrained"))
+        mixture = [("sft-0.3", sft, 0.3, 1), ("sft-0.7", sft, 0.7, 2), ("pretrained-0.5", pretrained, 0.5, 1)]
+        comparisons = []
+        for split, posts in (("train", "collect"), ("valid", "held_out")):
+            comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
+                                   torch.Generator().manual_seed(run.seed), rng, split)
     else:
-        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped,
-                                seed=run.seed)
-        sft, pretrained = run.load("sft"), run.load("pretrained")
-        mixture = [("sft-0.5", sft, 0.5, 1), ("sft-0.7", sft, 0.7, 2), ("pretrained-0.7", pretrained, 0.7, 1)]
-        comparisons = [c for split, posts in (("train", "collect"), ("valid", "held_out"))
-                       for c in collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R, run.generator(3),
-                                        rng, split)]
-    save_json_lines(run.path("comparisons.jsonl"), comparisons)
-    print(f"{len(comparisons)} comparisons in {run.path('comparisons.jsonl')}")
+        comparisons, skipped = load_comparisons(run.comparisons_file)
+        print(f"{run.comparisons_file}: {len(comparisons)} comparisons, {skipped} more skipped because a text is empty")
+        keys = sorted({post_key(c["info"]) for c in comparisons})
+        rng.shuffle(keys)  # several comparisons share a post: split by post, never by row
+        held_out = set(keys[:max(1, len(keys) // 5)])
+        for c in comparisons:
+            c["split"] = "valid" if post_key(c["info"]) in held_out else "train"
+            c["info"].pop("facts", None)
+    save_json_lines(path(run, "comparisons.jsonl"), comparisons)
+    print(f"{len(comparisons)} comparisons in {path(run, 'comparisons.jsonl')}")
 
 
 def stage_reward(run):
-    """The reward model, from the SFT model's trunk; its accuracy on comparisons of unseen posts."""
-    comparisons, _ = load_comparisons(run.path("comparisons.jsonl"))
-    train, valid = ([c for c in comparisons if c["split"] == split] for split in ("train", "valid"))
+    """The reward model, and how often it agrees with labelers on posts it has not seen."""
     torch.manual_seed(run.seed)
-    model = run.load("sft", head="scalar")
-    references = [q + r for q, r in zip(*encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R))]
-    train_reward(model, group_by_post(run.enc, train, run.Q, run.R), references, run.s.reward, run.path("reward"), run.seed)
-    rows = evaluation.reward_margins(model, group_by_post(run.enc, valid, run.Q, run.R), valid)
-    save_json_lines(run.path("reward", "held_out.jsonl"), rows)
+    model = load_model(path(run, "sft"), run.device, "scalar")
+    train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R)
+    train_reward(model, train, encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R), run.settings.reward, path(run, "reward"),
+                 run.seed)
+    rows = evaluation.reward_margins(model, held_out, comparisons)
+    save_json_lines(path(run, "reward", "held_out.jsonl"), rows)
     m = evaluation.measure_reward(rows)
-    print({k: m[k] for k in ("accuracy", "accuracy_ci", "labeler_ceiling", "gap_to_ceiling", "gap_to_ceiling_ci", "longer_wins", "n")})
+    ceiling = "" if m["labeler_ceiling"] is None else f", the noise-free judge {m['labeler_ceiling']:.1%}"
+    print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{ceiling}, 'longer wins' {m['longer_wins']:.1%}")
 
 
 def stage_ppo(run):
     """PPO against the reward model."""
-    policy, ref_policy = run.load("sft"), run.load("sft").requires_grad_(False)
-    reward_model, value_model = run.load("reward", "scalar").requires_grad_(False), run.load("reward", "scalar")
-    posts = run.posts["pretrain"]
-    queries = [encode_query(run.enc, p, run.Q) for p in posts]
-    gold = (lambda i, text: world.utility(posts[i], text)) if "facts" in posts[0] else None
-    train_ppo(policy, ref_policy, reward_model, value_model, queries, run.enc, run.R, run.s.ppo, run.path("ppo"), run.seed, gold)
+    posts = [p for p in run.posts["pretrain"] if p["subreddit"] not in world.OTHER_SUBREDDITS or "facts" not in p]
+    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device)
 
 
 def stage_evaluation(run):
-    models = {name: run.load(name) for name in ("pretrained", "sft", "ppo")}
-    rows = evaluation.sample_policies(run.enc, run.posts["test"], models, run.load("reward", "scalar"), run.Q, run.R,
-                                      run.s.ppo.temperature, run.s.evaluation.best_of, run.generator(6))
-    os.makedirs(run.path("evaluation"), exist_ok=True)
-    save_json_lines(run.path("evaluation", "samples.jsonl"), rows)
-    for k, v in evaluation.measure_policies(rows).items(): print(k, {a: (round(b, 3) if isinstance(b, float) else b) for a, b in v.items()})
+    """Summaries of held-out posts by every policy."""
+    models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
+    rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
+                                      run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
+                                      torch.Generator().manual_seed(run.seed))
+    os.makedirs(path(run, "evaluation"), exist_ok=True)
+    save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
+
+
+STAGES = [  # what it is, the file it ends with, the function
+    ("data", "data/lengths.json", stage_data), ("pretrain", "pretrained/model.safetensors", stage_pretrain),
+    ("sft", "sft/model.safetensors", stage_sft), ("collect", "comparisons.jsonl", stage_collect),
+    ("reward", "reward/held_out.jsonl", stage_reward), ("ppo", "ppo/model.safetensors", stage_ppo),
+    ("evaluation", "evaluation/samples.jsonl", stage_evaluation)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+def open_folder(out, config):
+    """Make the run's folder, or check that it belongs to this very configuration."""
+    file = os.path.join(out, "config.json")
+    if not os.path.exists(file):
+        if os.path.isdir(out) and os.listdir(out):
+            raise DataError(f"{out} exists, is not empty and is not the folder of a run; name another with --out")
+        os.makedirs(out, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        write_atomic(file, json.dumps({**config, "versions": versions}, indent=1))
+        return
+    try:
+        with open(file) as f:
+            old = json.load(f)
+    except ValueError:
+        raise DataError(f"{file} is damaged; remove the folder or name another with --out") from None
+    for key, value in config.items():
+        if key == "settings":
+            for stage, part in value.items():
+                for name, v in part.items():
+                    if old.get("settings", {}).get(stage, {}).get(name) != v:
+                        raise DataError(f"{out} was made with {stage}.{name} = {old.get('settings', {}).get(stage, {}).get(name)}"
+                                        f", now it is {v}; name another folder with --out")
+        elif old.get(key) != value:
+            raise DataError(f"{out} was made with {key} = {old.get(key)}, now it is {value}; name another folder with --out")
+
+
+def run_stages(run):
+    """Every stage that has not left its result yet; seconds.json keeps what each took."""
+    seconds_file = path(run, "seconds.json")
+    seconds = {}
+    if os.path.exists(seconds_file):
+        with open(seconds_file) as f:
+            seconds = json.load(f)
+    for number, (name, result, stage) in enumerate(STAGES, 1):
+        if name != "data" and not hasattr(run, "enc"):
+            run.__dict__.update(open_run(run.folder).__dict__)
+        if os.path.exists(path(run, result)):
+            print(f"[{number}/{len(STAGES)}] {name}: done before, {path(run, result)}")
+            continue
+        print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
+        began = time.time()
+        stage(run)
+        print("RSS", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        seconds[name] = seconds.get(name, 0.0) + time.time() - began
+        write_atomic(seconds_file, json.dumps(seconds))
+    return seconds
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
+    parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of everything (default 1)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--posts", help="JSON lines with subreddit, title, post, summary, instead of the embedded world")
+    parser.add_argument("--comparisons", help="human comparisons in OpenAI's format; goes with --posts")
+    for field in dataclasses.fields(Settings):
+        add_settings(parser, getattr(Settings(), field.name), field.name + ".")
+    args = parser.parse_args()
+    if (args.posts is None) != (args.comparisons is None):
+        raise DataError("--posts and --comparisons go together: only the embedded world has labelers of its own")
+    for file in (args.posts, args.comparisons):
+        if file and not os.path.isfile(file):
+            raise DataError(f"{file} does not exist")
+    name = args.preset or ("real" if args.posts else "tiny")
+    settings = preset(name)
+    for field in dataclasses.fields(settings):
+        setattr(settings, field.name, override(getattr(settings, field.name), args, field.name + "."))
+    out = args.out or os.path.join("out", f"{name}-seed{args.seed}")
+    open_folder(out, {"preset": name, "seed": args.seed, "posts": args.posts, "comparisons": args.comparisons,
+                      "settings": dataclasses.asdict(settings)})
+    run = SimpleNamespace(folder=out, settings=settings, seed=args.seed, device=pick_device(args.device), posts_file=args.posts,
+                          comparisons_file=args.comparisons)
+    seconds = run_stages(run)
+    evaluation.write_report(out, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":
-    import sys
-    ap = argparse.ArgumentParser()
-    ap.add_argument("--out"); ap.add_argument("--seed", type=int, default=1); ap.add_argument("--preset", default="tiny")
-    ap.add_argument("--upto", default="evaluation")
-    for f in dataclasses.fields(Settings): add_settings(ap, type(getattr(Settings(), f.name)), f.name + ".")
-    a = ap.parse_args()
-    s = preset(a.preset)
-    for f in dataclasses.fields(Settings): setattr(s, f.name, override(getattr(s, f.name), a, f.name + "."))
-    run = Run(a.out, s, a.preset, a.seed, "cpu", None, None)
-    t = time.time(); stage_data(run); read_data(run); print('data', time.time() - t, run.Q, run.R, {k: len(v) for k, v in run.posts.items()})
-    for name, done in (("pretrain", "pretrained/model.safetensors"), ("sft", "sft/model.safetensors"), ("collect", "comparisons.jsonl"), ("reward", "reward/held_out.jsonl"), ("ppo", "ppo/model.safetensors"), ("evaluation", "evaluation/samples.jsonl")):
-        t = time.time()
-        if not os.path.exists(run.path(done)): globals()["stage_" + name](run); print(name, f"{time.time() - t:.1f}s", flush=True)
-        if name == a.upto: break
+    run_main(main)

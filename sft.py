@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -146,14 +147,29 @@ def settings_help(cls):
     return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
 
 
-def add_settings(parser, cls, prefix=""):
-    """One option per field of a settings dataclass, --help from the trailing comments."""
-    comments = settings_help(cls)
-    for field in dataclasses.fields(cls):
-        kind = {"bool": lambda s: {"true": True, "1": True, "false": False, "0": False}[s.lower()]}.get(
-            getattr(field.type, "__name__", field.type), field.type)
-        parser.add_argument(f"--{prefix}{field.name}", type=kind, default=None, metavar=field.type.__name__.upper(),
-                            help=f"{comments.get(field.name, '')} (default {field.default})".replace("%", "%%"))
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence; its description is the script's docstring."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists every option\n")
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return text.lower() == "true"
+
+
+def add_settings(parser, settings, prefix=""):
+    """One option per field of a settings object, --help from the trailing comments of its class."""
+    comments = settings_help(type(settings))
+    for field in dataclasses.fields(settings):
+        parser.add_argument(f"--{prefix}{field.name}", type=true_or_false if field.type is bool else field.type, default=None,
+                            metavar=field.type.__name__, help=f"{comments[field.name]} "
+                            f"(default {getattr(settings, field.name)})".replace("%", "%%"))
 
 
 def override(settings, args, prefix=""):
@@ -180,6 +196,56 @@ def run_main(main):
 def _say(message, status):
     print(f"error: {message}" if status == 2 else message, file=sys.stderr)
     return status
+
+
+def pick_device(name):
+    """"auto" takes a GPU where there is one. Says which device and precision, and why."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise DataError(f"--device must be auto, cpu, cuda or mps, found {name!r}")
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise DataError(f"--device {name}: this machine has none, or its PyTorch cannot use it; try --device auto")
+    dtype, reason = choose_precision(name)
+    print(f"device {name}, matrix products in {str(dtype)[6:]}: {reason}")
+    return name
+
+
+def open_run(folder):
+    """What run.py's first stage left in a run's folder: its config, tokenizer, lengths and posts by split."""
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+        with open(os.path.join(folder, "data", "lengths.json")) as f:
+            lengths = json.load(f)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder} is not the folder of a run; `python run.py --out {folder}` makes one") from None
+    except ValueError as e:
+        raise DataError(f"{folder}: config.json or data/lengths.json is damaged ({e})") from None
+    files = sorted(name for name in os.listdir(os.path.join(folder, "data")) if name.endswith(".jsonl"))
+    return SimpleNamespace(folder=folder, config=config, enc=load_encoding(os.path.join(folder, "tokenizer.json")),
+                           Q=lengths["Q"], R=lengths["R"],
+                           posts={name[:-6]: load_posts(os.path.join(folder, "data", name))[0] for name in files})
+
+
+def alone(doc, stage, settings_class):
+    """What `python sft.py`, `reward.py` and `ppo.py` share: a stage of a finished run once more, with other settings.
+
+    -> run, settings, folder for the result, device"""
+    parser = Parser(doc)
+    parser.add_argument("run", help="folder of a run that run.py made")
+    parser.add_argument("--out", help=f"where the result goes (default RUN/{stage}-alone)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--seed", type=int, help="seed (default the run's)")
+    add_settings(parser, settings_class())
+    args = parser.parse_args()
+    run = open_run(args.run)
+    run.seed = run.config["seed"] if args.seed is None else args.seed
+    settings = override(settings_class(**run.config["settings"][stage]), args)
+    out = args.out or os.path.join(args.run, f"{stage}-alone")
+    if os.path.exists(os.path.join(out, "model.safetensors")):
+        raise DataError(f"{out} already holds a trained model; name another folder with --out")
+    return run, settings, out, pick_device(args.device)
 
 
 def load_model(folder, device, head="lm"):
@@ -249,3 +315,14 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=100, name="
     save_state(folder, len(plan), [model], optimizer, generator)
     model.save_pretrained(folder)
     return valid_loss
+
+
+def main():
+    run, settings, out, device = alone(__doc__, "sft", SFTSettings)
+    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
+                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
+    print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

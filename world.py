@@ -81,7 +81,7 @@ def _sentence(rng, patterns, facts):
     return pattern.format(**facts, **others)
 
 
-HABIT = {"relation": .2, "name": -.1, "place": -.2, "time": -.2, "feeling": -.15, "wish": .15, "question": .15}  # people say what they want rather than where and when
+HABIT = {"relation": .2, "name": -.2, "place": -.2, "time": -.2, "feeling": -.2, "wish": .2, "question": .2}  # what people tell first
 
 
 def write_tldr(rng, facts, care, slips, chatter):
@@ -125,7 +125,7 @@ def make_post(rng, id, listed=True):
     middle = len(story) // 2
     body = " ".join(story[:middle]) + "\n" + " ".join(story[middle:])
     if listed:  # authors differ: one degree of care for the whole TL;DR
-        care, slips, chatter = rng.choice([.3, .5, .7]), .02, .5
+        care, slips, chatter = rng.choice([.3, .5, .7]), .01, .5
     else:
         care, slips, chatter = .95, .0, .15
     return {"id": id, "subreddit": rng.choice(SUBREDDITS if listed else OTHER_SUBREDDITS),

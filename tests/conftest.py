@@ -1,0 +1,43 @@
+"""What all tests share: the repository on the path, one thread, a tiny random model, a tiny tokenizer."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import train_bpe  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def tiny_model(head="lm", seed=0, vocab_size=11, **more):
+    """A random GPT, 2 layers, d = 32, 2 heads; no bias is 0 and no gain 1, so that forgetting one shows."""
+    torch.manual_seed(seed)
+    config = dict(n_positions=40, n_layer=2, n_head=2, n_embd=32, eos=vocab_size - 1) | more
+    model = GPT(GPTConfig(vocab_size, **config), head)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() < 2:
+                p += 0.2 * torch.randn(p.shape)
+    return model
+
+
+def random_rows(generator, n=5, vocab=10, query=(3, 9), response=(1, 7)):
+    """n ragged rows without EOS: lists of query ids, lists of response ids."""
+    def ids(lo, hi):
+        return [torch.randint(vocab, (int(torch.randint(lo, hi, (1,), generator=generator)),), generator=generator).tolist()
+                for _ in range(n)]
+    return ids(*query), ids(*response)
+
+
+@pytest.fixture
+def g():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def enc():
+    """A tokenizer of about 280 tokens."""
+    return train_bpe(["SUBREDDIT: r/ TITLE: POST: TL;DR: my dog ate the cat and the cat ate my dog good bad"], 280)

@@ -1,0 +1,222 @@
+"""evaluation.py: statistics against brute force and known truth, text measures by hand, the two tables on made-up rows."""
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from conftest import random_rows, tiny_model
+
+import world
+from data import pad_rows
+from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, lead3, length_controlled_win_rate,
+                        measure_policies, measure_reward, reward_margins, sampled_kl, sentence_novelty, wins)
+from reward import group_by_post
+
+
+# --- best of n
+
+
+def test_best_of_n_kl():
+    """Catches a wrong formula: vectors of 9.2, and the KL of picking the best of n among very many samples, summed up."""
+    assert [best_of_n_kl(n) for n in (1, 8, 64, 512)] == pytest.approx([0, 1.2044, 3.1745, 5.2403], abs=5e-5)
+    m = np.arange(1, 100001) / 100000  # the best of n stands at quantile m with probability m^n - (m - 1/M)^n
+    p = m ** 8 - (m - 1e-5) ** 8
+    assert best_of_n_kl(8) == pytest.approx((p * np.log(p * 100000)).sum(), abs=1e-3)
+
+
+def test_best_of_n_estimate():
+    """Catches sorting the wrong way, by the wrong score, or an off-by-one in the weights: every subset, one by one."""
+    assert [best_of_n_estimate(range(4), [0, 1, 2, 1], n) for n in (1, 2, 4)] == pytest.approx([1, 4 / 3, 1])
+    rng = random.Random(0)
+    proxy, gold = rng.sample(range(100), 7), [rng.random() for _ in range(7)]
+    for n in range(1, 8):
+        best = [gold[max(subset, key=lambda i: proxy[i])] for subset in itertools.combinations(range(7), n)]
+        assert best_of_n_estimate(proxy, gold, n) == pytest.approx(sum(best) / len(best), abs=1e-12)
+
+
+# --- statistics
+
+
+def test_wins():
+    """Catches ties counted as losses, or a comparison the wrong way round."""
+    assert wins([1, 2, 3, 0], [0, 2, 4, -1]).tolist() == [1, .5, 0, 1]
+
+
+def test_bootstrap_covers_95_percent():
+    """Catches an interval of the wrong width: of 300 samples of 60 numbers, some 285 must hold the true mean."""
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap_ci(rng.exponential(size=60), draws=400, seed=i) for i in range(300)]
+    assert 0.90 < np.mean([lo < 1 < hi for lo, hi in intervals]) < 0.98
+    low, high = (np.mean([f(i) for i in intervals]) for f in (lambda i: i[0] > 1, lambda i: i[1] < 1))
+    assert 0 < low < .07 and 0 < high < .1  # misses on both sides
+
+
+def test_bootstrap_draws_clusters_whole():
+    """Catches comparisons of one post taken for independent: copies of each value must not narrow the interval."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=50)
+    names = np.repeat([f"post-{i}" for i in range(50)], 4)
+    order = rng.permutation(200)
+    width = [hi - lo for lo, hi in (bootstrap_ci(x), bootstrap_ci(np.repeat(x, 4)[order], names[order]),
+                                    bootstrap_ci(np.repeat(x, 4)))]
+    assert width[1] == pytest.approx(width[0], rel=.06) and width[2] == pytest.approx(width[0] / 2, rel=.06)
+    lo, hi = bootstrap_ci([1, 1, 1, 0], ["a", "a", "a", "b"])  # uneven clusters: every comparison counts the same
+    assert (lo, hi) == (0, 1) and bootstrap_ci([2, 2]) == [2, 2]
+    values, clusters = np.repeat(rng.normal(size=400), np.tile([1, 9], 200)), np.repeat(np.arange(400), np.tile([1, 9], 200))
+    assert np.mean(bootstrap_ci(values, clusters)) == pytest.approx(values.mean(), abs=.02)
+
+
+def test_length_control_recovers_what_was_planted():
+    """Catches w and c mixed up, a sign lost, a win rate at some length other than equal."""
+    rng = np.random.default_rng(0)
+    w, c, x = 0.4, 1.5, rng.normal(0.5, 0.6, 100000)
+    y = (rng.random(100000) < 1 / (1 + np.exp(-w - c * x))).astype(float)
+    assert length_controlled_win_rate(y, x) == pytest.approx(1 / (1 + math.exp(-w)), abs=.01)
+    assert y.mean() > .7  # the raw rate is something else
+    assert length_controlled_win_rate(1 - y, -x) == pytest.approx(1 / (1 + math.exp(w)), abs=.01)
+
+
+def test_length_control_changes_nothing_where_length_says_nothing():
+    """Catches a fit that is biased: wins independent of length, ties, no spread of lengths, a policy that always wins."""
+    y, x = np.tile([1, 1, .5, 0, 1], 400), np.repeat([-.7, .1, .2, .4], 500)
+    assert length_controlled_win_rate(y, x) == pytest.approx(.7, abs=1e-5)
+    assert length_controlled_win_rate(np.full(50, .5), np.zeros(50)) == .5
+    assert length_controlled_win_rate(y, 0 * x) == pytest.approx(.7, abs=1e-5)
+    assert .99 < length_controlled_win_rate(np.ones(50), x[:50]) <= 1
+    separable = np.linspace(-2, 3, 200)
+    assert length_controlled_win_rate((separable > 0).astype(float), separable) == pytest.approx(.5, abs=.1)
+
+
+def test_elo_is_the_most_likely_one():
+    """Catches an iteration that stops early or flips winners: gradient ascent on the log likelihood, and 400 per factor 10."""
+    rng = random.Random(0)
+    games = [rng.sample("abcde", 2) for _ in range(300)]
+    games = [(a, b) if rng.random() < 1 / (1 + math.exp((ord(a) - ord(b)) * .5)) else (b, a) for a, b in games]
+    ratings, theta = elo(*zip(*games)), dict.fromkeys("abcde", 0.0)
+    for _ in range(3000):
+        step = dict.fromkeys("abcde", 0.0)
+        for w, l in games:
+            p = 1 / (1 + math.exp(theta[w] - theta[l]))  # of the other outcome
+            step[w], step[l] = step[w] + p, step[l] - p
+        if max(map(abs, step.values())) < 1e-4:
+            break
+        theta = {k: v + 0.03 * step[k] for k, v in theta.items()}
+    assert max(map(abs, step.values())) < 1e-3
+    for k in "abcde":
+        assert ratings[k] == pytest.approx(1000 + 400 / math.log(10) * theta[k], abs=.5)
+    two = elo(["a"] * 10 + ["b"], ["b"] * 10 + ["a"])
+    assert two["a"] - two["b"] == pytest.approx(400) and two["a"] + two["b"] == pytest.approx(2000)
+
+
+# --- texts
+
+
+def test_copy_fraction_by_brute_force():
+    """Catches a wrong LCS: the longest subsequence of the summary's bigrams found in the source, all of them tried."""
+    rng = random.Random(0)
+    for _ in range(60):
+        summary, source = ([rng.choice("abc") for _ in range(rng.randrange(n))] for n in (8, 12))
+        a, b = list(zip(summary, summary[1:])), list(zip(source, source[1:]))
+
+        def stands_in(sub):
+            rest = iter(b)
+            return all(x in rest for x in sub)
+        longest = max(k for k in range(len(a) + 1) for sub in itertools.combinations(a, k) if stands_in(sub))
+        assert copy_fraction(" ".join(summary), " ".join(source)) == (longest / len(a) if a else 0)
+    assert copy_fraction("my cat ate", "then my cat ate it") == 1 and copy_fraction("cat my ate", "my cat ate") == 0
+
+
+def test_sentence_novelty_and_lead3_by_hand():
+    """Catches case or blanks that make a copy look new, and a share of the wrong thing."""
+    source = "My cat ate it.  Then\nshe slept! Why? I do not know. Nobody does."
+    assert sentence_novelty("then she  slept! my cat ate it. i am sad.", source) == pytest.approx(1 / 3)
+    assert sentence_novelty(source, source) == 0 and sentence_novelty("Something else.", source) == 1
+    assert sentence_novelty("", source) == 0
+    assert lead3({"post": source}) == "My cat ate it. Then\nshe slept! Why?"
+
+
+# --- the two tables
+
+
+def reward_row(margin, gold, longer, confidence=3, post="a"):
+    return {"margin": margin, "confidence": confidence, "post": post, "longer_wins": longer, "gold_agrees": gold}
+
+
+def test_measure_reward_by_hand():
+    """Catches a gap with the wrong sign, ties that count whole, a calibration of something else than the preferred side."""
+    rows = [reward_row(2., 1., 1., 9, "a"), reward_row(-2., 1., 0., 9, "a"), reward_row(0., 0., .5, 1, "b"),
+            reward_row(3., 1., 0., 1, "c"), reward_row(2.1, .5, 1., 1, "d")]
+    out = measure_reward(rows)
+    assert (out["accuracy"], out["labeler_ceiling"], out["longer_wins"], out["n"]) == pytest.approx((.7, .7, .5, 5))
+    assert out["gap_to_ceiling"] == pytest.approx(0, abs=1e-12)
+    assert [(c["confidence"], c["n"]) for c in out["by_confidence"]] == [(1, 3), (9, 2)]
+    assert [c["accuracy"] for c in out["by_confidence"]] == pytest.approx([2.5 / 3, .5])
+    bins = [(c["predicted"], c["observed"], c["n"]) for c in out["calibration"]]
+    s = [1 / (1 + math.exp(-m)) for m in (2, 2.1, 3)]
+    assert np.array(bins) == pytest.approx(np.array([(.5, .5, 1), ((2 * s[0] + s[1]) / 3, 2 / 3, 3), (s[2], 1, 1)]))
+    better = measure_reward([reward_row(-1., 1., 1., post=str(i)) for i in range(9)] + [reward_row(1., 1., 1.)])
+    assert (better["accuracy"], better["gap_to_ceiling"]) == pytest.approx((.1, .9))
+    lo, hi = better["gap_to_ceiling_ci"]
+    assert .5 < lo < .9 < hi <= 1
+    real = measure_reward([{**row, "gold_agrees": None, "confidence": None} for row in rows])
+    assert real["labeler_ceiling"] is None and real["gap_to_ceiling"] is None and real["by_confidence"][0]["n"] == 5
+
+
+def test_reward_margins_belong_to_their_comparisons(enc):
+    """Catches margins, judge and labels of different comparisons in one row."""
+    posts = world.make_posts(3, 1, "t")
+    texts = [[" cat", " " + world.full_summary(p), " my dog ate the cat bad dog ate", " good"] for p in posts]
+    comparisons = [{"info": posts[i], "summaries": [{"text": texts[i][a]}, {"text": texts[i][b]}], "choice": choice,
+                    "extra": {"confidence": k}} for k, (i, a, b, choice) in enumerate(
+                        [(0, 0, 1, 1), (1, 2, 1, 0), (0, 2, 3, 0), (2, 1, 0, 1), (1, 0, 2, 1), (0, 3, 1, 1)])]
+    model = tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=700)
+    groups = group_by_post(enc, comparisons, 600, 90)
+    rows = reward_margins(model, groups, comparisons)
+    assert sorted(row["confidence"] for row in rows) == list(range(6))
+    for row in rows:
+        c = comparisons[row["confidence"]]
+        group = next(g for g in groups if row["confidence"] in g["index"])
+        better, worse = group["pairs"][group["index"].index(row["confidence"])]
+        tokens, lengths = pad_rows([group["query"] + group["responses"][i] for i in (better, worse)])
+        scores = model.scores(tokens, lengths).tolist()
+        assert row["margin"] == pytest.approx(scores[0] - scores[1], abs=1e-5) and row["post"] == c["info"]["id"]
+    rows = {row["confidence"]: row for row in rows}
+    assert [rows[k]["gold_agrees"] for k in (0, 1, 3, 5)] == [1, 0, 0, 1]  # the full summary is the judge's best
+    assert [rows[k]["longer_wins"] for k in range(6)] == [1, 0, 1, 0, 1, 1]
+
+
+def policy_rows(change, n=40):
+    """Posts with a reference and two policies: `same`, and one whose text, score, length and eos are `change` of them."""
+    def summary(text, score=0., length=30, eos=True, kl=None):
+        return {"text": text, "length": length, "eos": eos, "score": score, "kl": kl}
+    return [{"post": p, "policies": {"reference": summary(p["summary"]), "same": summary(p["summary"], kl=2.0 * i),
+                                     "other": summary(**change(i, p))}} for i, p in enumerate(world.make_posts(n, 3, "t"))]
+
+
+def test_a_policy_that_is_the_reference_wins_half():
+    """Catches ties that do not count one half, and a comparison with another post's reference."""
+    rows = policy_rows(lambda i, p: {"text": world.full_summary(p), "score": 1. if i % 4 else -1., "length": 36, "eos": i % 5 > 0})
+    out = measure_policies(rows)
+    for name in ("reference", "same"):
+        assert out[name]["gold_win_rate"] == out[name]["rm_win_rate"] == out[name]["gold_win_rate_length_controlled"] == .5
+        assert out[name]["gold_win_rate_ci"] == [.5, .5] and out[name]["n"] == 40 and out[name]["no_eos"] == 0
+    assert out["reference"]["kl"] is None and out["same"]["kl"] == pytest.approx(39)
+    other = out["other"]
+    assert other["gold_win_rate"] > .9 and other["gold_utility"] > out["same"]["gold_utility"] + 1
+    assert (other["rm_win_rate"], other["no_eos"], other["length"], other["rm_score"]) == pytest.approx((.75, .2, 36, .5))
+    worse = measure_policies(policy_rows(lambda i, p: {"text": "cat cat cat cat cat"}))["other"]
+    assert worse["gold_win_rate"] < .1 and worse["copy_fraction"] == 0
+    assert measure_policies([{**row, "post": {"post": row["post"]["post"]}} for row in rows])["other"]["gold_win_rate"] is None
+
+
+def test_sampled_kl_is_0_for_the_policy_itself_and_k1_for_another(g):
+    """Catches policy and reference swapped, and queries counted into the KL."""
+    policy, ref, (queries, samples) = tiny_model(seed=0), tiny_model(seed=1), random_rows(g, n=7)
+    assert sampled_kl(policy, policy, queries, samples, 0.7, batch=3) == [0.0] * 7
+    out = sampled_kl(policy, ref, queries, samples, 0.7, batch=3)
+    for q, r, kl in zip(queries, samples, out):
+        tokens, lengths = pad_rows([q + r])
+        query_length = lengths - len(r)
+        a, b = (m.logprobs(tokens, query_length, lengths, len(r), 0.7).sum().item() for m in (policy, ref))
+        assert kl == pytest.approx(a - b, abs=1e-4)

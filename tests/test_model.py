@@ -1,0 +1,345 @@
+"""model.py: causality and alignment, the transformer against a naive one, the sampler, weights in and out."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, tiny_model
+from safetensors.numpy import load_file
+
+from data import pad_rows
+from model import GPT, attention
+
+
+def padded(queries, responses):
+    """-> tokens, query_lengths, lengths, R of rows query + response."""
+    tokens, lengths = pad_rows([q + r for q, r in zip(queries, responses)])
+    return tokens, torch.tensor([len(q) for q in queries]), lengths, max(map(len, responses))
+
+
+def behind(tokens, lengths):
+    """bool [B, T]: columns behind each row's end."""
+    return torch.arange(tokens.shape[1]) >= lengths[:, None]
+
+
+# --- causality and alignment
+
+
+def test_hidden_is_causal(g):
+    """Catches a missing or shifted causal mask: a token seen from the position before it, or not seen at its own."""
+    model, tokens = tiny_model(), torch.randint(11, (2, 9), generator=g)
+    before = model.hidden(tokens)
+    for i in range(8):
+        changed = tokens.clone()
+        changed[:, i + 1:] = (changed[:, i + 1:] + 1) % 11
+        after = model.hidden(changed)
+        torch.testing.assert_close(after[:, :i + 1], before[:, :i + 1], atol=1e-6, rtol=0)
+        assert ((after - before)[:, i + 1:].abs().amax(-1) > 1e-2).all()
+
+
+def test_what_stands_behind_the_end_and_padding_change_nothing(g):
+    """Catches reading a score, value or log-probability from padding."""
+    lm, scalar = tiny_model(), tiny_model("scalar")
+    tokens, q, lengths, R = padded(*random_rows(g))
+    garbage = torch.where(behind(tokens, lengths), torch.randint(1, 11, tokens.shape, generator=g), tokens)
+    wider = torch.cat([garbage, torch.randint(11, (len(tokens), 4), generator=g)], 1)
+    assert (garbage != tokens).any()
+    for other in (garbage, wider):
+        for now, then in ((lm.logprobs(other, q, lengths, R), lm.logprobs(tokens, q, lengths, R)),
+                          (scalar.values(other, q, lengths, R), scalar.values(tokens, q, lengths, R)),
+                          (scalar.scores(other, lengths), scalar.scores(tokens, lengths))):
+            torch.testing.assert_close(now, then, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_next_token(g, temperature):
+    """Catches an index shifted by one, a forgotten temperature, numbers behind the end."""
+    model, (queries, responses) = tiny_model(), random_rows(g)
+    tokens, q, lengths, R = padded(queries, responses)
+    expected = torch.zeros(len(queries), R)
+    for b, (query, response) in enumerate(zip(queries, responses)):
+        for t, y in enumerate(response):
+            logits = model.forward(torch.tensor([query + response[:t]]))[0, -1]
+            expected[b, t] = (logits / temperature).softmax(-1)[y].log()
+    out = model.logprobs(tokens, q, lengths, R, temperature)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert (out[expected == 0] == 0).all() and (expected == 0).any()
+
+
+def test_values_see_the_state_and_not_the_action(g):
+    """Catches V(s_t) read at y_t (too late) or before y_{t-1} (too early)."""
+    model, (queries, responses) = tiny_model("scalar"), random_rows(g)
+    tokens, q, lengths, R = padded(queries, responses)
+    expected = torch.zeros(len(queries), R)
+    for b, (query, response) in enumerate(zip(queries, responses)):
+        for t in range(len(response)):
+            state = torch.tensor([query + response[:t]])
+            expected[b, t] = model.scores(state, torch.tensor([state.shape[1]]))[0]
+    torch.testing.assert_close(model.values(tokens, q, lengths, R), expected, atol=1e-5, rtol=0)
+
+
+def test_score_is_read_at_the_last_token(g):
+    """Catches a score read one token before the end, where EOS is not seen, or from the last column."""
+    model, (queries, responses) = tiny_model("scalar"), random_rows(g)
+    tokens, _, lengths, _ = padded(queries, responses)
+    expected = [(model.hidden(torch.tensor([q + r]))[0, -1] @ model.score.weight[0] + model.score.bias[0]).item()
+                for q, r in zip(queries, responses)]
+    torch.testing.assert_close(model.scores(tokens, lengths), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_branch_scores_are_the_scores_of_each_response_alone(g):
+    """Catches a response that sees its siblings or its query's padding, or stands at the wrong position; and its gradient."""
+    model, (queries, _), (_, responses) = tiny_model("scalar"), random_rows(g), random_rows(g, n=15)
+    tokens, q = pad_rows(queries)
+    tokens = torch.where(behind(tokens, q), 7, tokens)
+    branches, lengths = pad_rows(responses)
+    garbage = torch.where(behind(branches, lengths), 5, branches).view(5, 3, -1)
+    rows, _, ends, _ = padded([query for query in queries for _ in range(3)], responses)
+    gradients = []
+    for scores in (model.branch_scores(tokens, q, garbage, lengths.view(5, 3)), model.scores(rows, ends).view(5, 3)):
+        (scores * torch.arange(15.).view(5, 3)).sum().backward()
+        gradients.append((scores.detach(), [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], atol=1e-5, rtol=0)
+    for a, b in zip(gradients[0][1], gradients[1][1]):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=0)
+
+
+# --- the transformer against naive ones
+
+
+def test_attention_against_a_loop(g):
+    """Catches a wrong scale, mask or axis."""
+    q, k, v = (torch.randn(2, 3, 6, 4, generator=g) for _ in range(3))
+    expected = torch.zeros_like(v)
+    for b in range(2):
+        for h in range(3):
+            for i in range(6):
+                w = [math.exp(sum(a * c for a, c in zip(q[b, h, i].tolist(), k[b, h, j].tolist())) / 2) for j in range(i + 1)]
+                expected[b, h, i] = sum(x / sum(w) * v[b, h, j] for j, x in enumerate(w))
+    torch.testing.assert_close(attention(q, k, v), expected, atol=1e-6, rtol=1e-5)
+
+
+def naive_gpt2(folder, ids):
+    """GPT-2 in numpy from a folder in Hugging Face's layout, one position after the other. -> hidden [T, d], tensors"""
+    t = {k.removeprefix("transformer."): v.astype(np.float64) for k, v in load_file(folder / "model.safetensors").items()}
+    c = json.loads((folder / "config.json").read_text())
+    D = c["n_embd"] // c["n_head"]
+
+    def norm(x, name):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * t[name + ".weight"] + t[name + ".bias"]
+
+    def linear(x, name):
+        return x @ t[name + ".weight"] + t[name + ".bias"]
+
+    x = [t["wte.weight"][y] + t["wpe.weight"][i] for i, y in enumerate(ids)]
+    for layer in (f"h.{i}." for i in range(c["n_layer"])):
+        qkv = [np.split(linear(norm(y, layer + "ln_1"), layer + "attn.c_attn"), 3) for y in x]
+        for i in range(len(x)):
+            heads = []
+            for s in (slice(h * D, h * D + D) for h in range(c["n_head"])):
+                w = np.exp([qkv[i][0][s] @ qkv[j][1][s] / math.sqrt(D) for j in range(i + 1)])
+                heads.append(sum(w[j] * qkv[j][2][s] for j in range(i + 1)) / w.sum())
+            x[i] = x[i] + linear(np.concatenate(heads), layer + "attn.c_proj")
+            u = linear(norm(x[i], layer + "ln_2"), layer + "mlp.c_fc")
+            gelu = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+            x[i] = x[i] + linear(gelu, layer + "mlp.c_proj")
+    return np.stack([norm(y, "ln_f") for y in x]), t
+
+
+def test_forward_and_saved_layout_against_numpy(tmp_path, g):
+    """Catches a departure from GPT-2 (GELU, norms, heads, residuals, positions) and from Hugging Face's layout."""
+    ids = torch.randint(11, (7,), generator=g).tolist()
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "lm")
+    hidden, t = naive_gpt2(tmp_path / "lm", ids)
+    torch.testing.assert_close(model(torch.tensor([ids]))[0].double(), torch.tensor(hidden @ t["wte.weight"].T),
+                               atol=2e-5, rtol=0)
+    scalar = tiny_model("scalar", seed=1)
+    scalar.save_pretrained(tmp_path / "scalar")
+    hidden, t = naive_gpt2(tmp_path / "scalar", ids)
+    assert scalar.scores(torch.tensor([ids]), torch.tensor([7])).item() == pytest.approx(hidden[-1] @ t["score.weight"][0], abs=1e-5)
+
+
+# --- the sampler
+
+
+def naive_generate(model, queries, R, temperature, eos, uniform):
+    """One row, one token at a time, with a whole forward pass each. -> list of (response ids, logprobs)"""
+    out = []
+    for query, u in zip(queries, uniform.tolist()):
+        ids, logps = [], []
+        while len(ids) < R and (not ids or ids[-1] != eos):
+            logits = model.forward(torch.tensor([query + ids]))[0, -1]
+            p = (logits / (temperature or 1)).softmax(-1)
+            below = (p.cumsum(0) <= u[len(ids)] * p.sum()).sum().item()
+            ids.append(int(logits.argmax()) if temperature == 0 else below)
+            logps.append(p[ids[-1]].log().item() if temperature else 0.0)
+        out.append((ids, logps))
+    return out
+
+
+@pytest.mark.parametrize("temperature, eos, n", [(0, None, 1), (0, 3, 1), (0.7, None, 1), (1.3, 3, 1), (0.7, 3, 3)])
+def test_generate_equals_the_naive_loop(temperature, eos, n):
+    """Catches a wrong cache column, position, visible key or dropped row in ragged prompts, and n samples mixed up."""
+    model = tiny_model(seed=3)
+    queries, _ = random_rows(torch.Generator().manual_seed(1), n=8)
+    tokens, lengths = pad_rows(queries)
+    tokens = torch.where(behind(tokens, lengths), 7, tokens)  # garbage behind the prompts
+    R = 9
+    out, ends, logprobs = model.generate(tokens, lengths, R, temperature, eos, torch.Generator().manual_seed(5), n)
+    uniform = torch.rand(8 * n, R, generator=torch.Generator().manual_seed(5))
+    assert out.shape == (8 * n, tokens.shape[1] + R) and logprobs.shape == (8 * n, R)
+    repeated = [q for q in queries for _ in range(n)]
+    expected = naive_generate(model, repeated, R, temperature, eos, uniform)
+    for b, (query, (ids, logps)) in enumerate(zip(repeated, expected)):
+        assert out[b].tolist() == query + ids + [0] * (out.shape[1] - len(query) - len(ids))
+        assert ends[b] == len(query) + len(ids)
+        torch.testing.assert_close(logprobs[b], torch.tensor(logps + [0.0] * (R - len(logps))), atol=1e-4, rtol=0)
+    if eos is not None:  # the case is worth its name: some stop at different times, some do not
+        assert len({len(ids) for ids, _ in expected}) >= 3
+
+
+def test_generate_logprobs_are_the_models(g):
+    """Catches a sampler and a training forward that disagree: PPO's ratio would not start at 1."""
+    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=8)
+    tokens, lengths = pad_rows(queries)
+    out, ends, logprobs = model.generate(tokens, lengths, 9, 0.7, 3, g, n=3)
+    again = model.logprobs(out, lengths.repeat_interleave(3), ends, 9, 0.7)
+    torch.testing.assert_close(logprobs, again, atol=1e-4, rtol=0)
+    mask = torch.arange(9) < (ends - lengths.repeat_interleave(3))[:, None]
+    assert (logprobs[~mask] == 0).all() and (logprobs[mask] < 0).all()
+    assert (out[behind(out, ends)] == 0).all()
+    stopped = mask.sum(1) < 9
+    assert (out[torch.arange(24), ends - 1][stopped] == 3).all() and 0 < stopped.sum() < 24
+
+
+def test_dropping_finished_rows_changes_nothing(g):
+    """Catches a cache, position or uniform that goes with another row once most of 160 rows have ended and left."""
+    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=40)
+    tokens, lengths = pad_rows(queries)
+    (all_tokens, _, all_logprobs), (out, ends, logprobs) = (
+        model.generate(tokens, lengths, 16, 1.0, eos, torch.Generator().manual_seed(5), 4) for eos in (None, 3))
+    sizes = []
+    for b, start in enumerate(lengths.repeat_interleave(4).tolist()):
+        sampled = all_tokens[b, start:start + 16].tolist()
+        size = sampled.index(3) + 1 if 3 in sampled else 16
+        assert ends[b] == start + size
+        assert out[b, start:].tolist() == sampled[:size] + [0] * (out.shape[1] - start - size)
+        torch.testing.assert_close(logprobs[b, :size], all_logprobs[b, :size], atol=1e-5, rtol=0)
+        sizes.append(size)
+    assert sum(size < 8 for size in sizes) > 80 and sum(size == 16 for size in sizes) > 10
+
+
+def test_samples_follow_the_distribution():
+    """Catches a biased sampler and one temperature too many or too few: chi-square over all pairs of first two tokens."""
+    model, prompt, T, N = tiny_model(seed=2), [4, 1, 7], 0.7, 4000
+    with torch.no_grad():
+        first = (model(torch.tensor([prompt]))[0, -1] / T).softmax(-1)
+        second = (model(torch.tensor([prompt + [y] for y in range(11)]))[:, -1] / T).softmax(-1)
+    out, _, _ = model.generate(torch.tensor([prompt]), torch.tensor([3]), 2, T, None, torch.Generator().manual_seed(1), N)
+    seen = torch.bincount(out[:, 3] * 11 + out[:, 4], minlength=121).double()
+
+    def chi_square(p):
+        p = p.flatten().double() * N
+        big = p > 5
+        cells = list(zip(seen[big], p[big])) + [(seen[~big].sum(), p[~big].sum())]
+        return sum((o - e) ** 2 / e for o, e in cells).item(), len(cells) - 1
+
+    value, freedom = chi_square(first[:, None] * second)
+    assert abs(value - freedom) < 3.3 * math.sqrt(2 * freedom)  # 99.9 %
+    value, freedom = chi_square((first ** T / (first ** T).sum())[:, None] * second)  # the first token at temperature 1
+    assert value - freedom > 6 * math.sqrt(2 * freedom)
+
+
+def test_what_does_not_fit_is_refused():
+    """Catches positions running off the table, and a row that is cut without a word."""
+    model = tiny_model()
+    with pytest.raises((ValueError, RuntimeError)):
+        model(torch.zeros(1, 41, dtype=torch.long))
+    assert model(torch.zeros(1, 40, dtype=torch.long)).shape == (1, 40, 11)
+    with pytest.raises(ValueError):
+        model.generate(torch.zeros(1, 30, dtype=torch.long), torch.tensor([30]), 11)
+    assert model.generate(torch.zeros(1, 30, dtype=torch.long), torch.tensor([30]), 10)[1] == 40
+
+
+# --- weights in and out
+
+
+def test_round_trip_of_a_language_model_is_exact(tmp_path):
+    """Catches a tensor that is not saved, not loaded, or transposed once too often."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_round_trip_of_a_scalar_model_keeps_its_scores(tmp_path, g):
+    """Catches a score bias lost on the way into Hugging Face's head, which has none."""
+    model, (queries, responses) = tiny_model("scalar"), random_rows(g)
+    torch.nn.init.constant_(model.score.bias, 1.7)
+    tokens, q, lengths, R = padded(queries, responses)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path, "scalar")
+    torch.testing.assert_close(again.scores(tokens, lengths), model.scores(tokens, lengths), atol=1e-5, rtol=0)
+    torch.testing.assert_close(again.values(tokens, q, lengths, R), model.values(tokens, q, lengths, R), atol=1e-5, rtol=0)
+
+
+def test_a_reward_model_starts_from_the_language_models_trunk(tmp_path, g):
+    """Catches a reward model that starts from a random trunk."""
+    model, tokens = tiny_model(), torch.randint(11, (2, 6), generator=g)
+    model.save_pretrained(tmp_path)
+    scalar = GPT.from_pretrained(tmp_path, "scalar")
+    assert torch.equal(scalar.hidden(tokens), model.hidden(tokens))
+    assert scalar.score.weight.std() > 0 and scalar.score.bias == 0
+
+
+def test_a_damaged_shape_is_refused(tmp_path):
+    """Catches weights of another size being broadcast or ignored."""
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"n_positions": 41}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="wpe"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_language_model_against_transformers(tmp_path, g):
+    """Catches any difference from Hugging Face's GPT-2: logits, gradients, greedy tokens, both directions."""
+    hf = pytest.importorskip("transformers")
+    model, tokens = tiny_model(), torch.randint(11, (2, 8), generator=g)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = hf.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = GPT.from_pretrained(tmp_path / "theirs")
+    logits = theirs(tokens).logits
+    torch.testing.assert_close(model(tokens), logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again(tokens), logits, atol=1e-4, rtol=0)
+    for m, x in ((model, model(tokens)), (theirs, logits)):
+        torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    pairs = [(p.grad.T if transposed else p.grad, theirs.get_parameter(name).grad) for p, name, transposed in model._hf_names()]
+    assert len(pairs) == len(list(theirs.parameters()))
+    for ours, other in pairs:
+        torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)
+    greedy = theirs.generate(tokens[:1], attention_mask=torch.ones(1, 8), max_new_tokens=10, do_sample=False,
+                             eos_token_id=None, pad_token_id=0)
+    assert model.generate(tokens[:1], torch.tensor([8]), 10, 0)[0].tolist() == greedy.tolist()
+
+
+def test_scalar_model_against_transformers(tmp_path, g):
+    """Catches a reward model that scores otherwise in Hugging Face's classifier, or whose gradients differ."""
+    hf = pytest.importorskip("transformers")
+    model, tokens = tiny_model("scalar"), torch.randint(1, 11, (1, 8), generator=g)
+    torch.nn.init.constant_(model.score.bias, 1.7)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = hf.GPT2ForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = GPT.from_pretrained(tmp_path / "theirs", "scalar")
+    score = theirs(tokens).logits[:, 0]
+    for m in (model, again):
+        torch.testing.assert_close(m.scores(tokens, torch.tensor([8])), score, atol=1e-4, rtol=0)
+    score.sum().backward()
+    again.scores(tokens, torch.tensor([8])).sum().backward()
+    for p, name, transposed in again._hf_names():
+        torch.testing.assert_close(p.grad.T if transposed else p.grad, theirs.get_parameter(name).grad, atol=1e-4, rtol=0)

@@ -1,0 +1,137 @@
+"""sft.py: the loss token by token, the schedule, the order of rows, checkpoints that resume bit for bit, the metrics log."""
+import math
+
+import pytest
+import torch
+from conftest import random_rows, tiny_model
+
+import sft
+from data import DataError
+from sft import (MetricsLog, SFTSettings, batches, cosine, evaluate_lm, lm_loss, load_state, make_optimizer, read_metrics,
+                 row_loss, save_state, train_lm)
+
+
+def nats(model, ids, i):
+    """-log p of token i of a row, from a whole forward pass over the tokens before it."""
+    return -model(torch.tensor([ids[:i]]))[0, -1].log_softmax(-1)[ids[i]].item()
+
+
+def test_lm_loss_by_hand():
+    """Catches a flipped sign, weights ignored, or a sum divided by N instead of by the weights."""
+    logits = torch.tensor([[0., math.log(3)], [math.log(4), 0.], [5., 0.]])
+    loss = lm_loss(logits, torch.tensor([1, 1, 0]), torch.tensor([1., .5, 0.]))
+    assert loss.item() == pytest.approx((math.log(4 / 3) + .5 * math.log(5)) / 1.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("query_weight", [0.0, 0.3])
+def test_row_loss_token_by_token(g, query_weight):
+    """Catches a target shifted by one, query tokens that count (or do not), and padding in the mean."""
+    model, (queries, responses) = tiny_model(), random_rows(g)
+    total = weight = 0.0
+    for q, r in zip(queries, responses):
+        for i in range(1, len(q) + len(r)):
+            w = query_weight if i < len(q) else 1.0
+            total, weight = total + w * nats(model, q + r, i), weight + w
+    assert row_loss(model, queries, responses, query_weight).item() == pytest.approx(total / weight, abs=1e-5)
+
+
+def test_evaluate_lm_is_a_mean_over_all_response_tokens(g):
+    """Catches a mean of batch means: batches differ in their number of tokens."""
+    model, (queries, responses) = tiny_model(), random_rows(g)
+    every = [nats(model, q + r, i) for q, r in zip(queries, responses) for i in range(len(q), len(q) + len(r))]
+    assert evaluate_lm(model, queries, responses, batch=2) == pytest.approx(sum(every) / len(every), abs=1e-5)
+
+
+def test_cosine():
+    """Catches a warm-up that starts at 0 (a wasted step), a peak not reached, an end that is not `final`."""
+    shares = [cosine(step, 111, 10, 0.1) for step in range(111)]
+    assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert [shares[i] for i in (10, 35, 60, 110)] == pytest.approx([1, .1 + .45 * (1 + math.sqrt(.5)), .55, .1])
+    assert all(a > b for a, b in zip(shares[10:], shares[11:]))
+    assert cosine(0, 1, 0, 0.1) == 1
+
+
+def test_batches_cover_every_row_once_per_epoch():
+    """Catches rows skipped or seen twice, and an order that the seed does not decide."""
+    plan = batches(12, 4, 3, seed=1)
+    epochs = [sum(plan[i:i + 3], []) for i in (0, 3, 6)]
+    assert len(plan) == 9 and all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert plan == batches(12, 4, 3, seed=1) != batches(12, 4, 3, seed=2)
+    cut = batches(14, 4, 1, seed=1)  # the short last batch is dropped
+    assert [len(b) for b in cut] == [4, 4, 4] and len(set(sum(cut, []))) == 12
+    assert [sorted(b) for b in batches(3, 4, 2, seed=1)] == [[0, 1, 2]] * 2  # but kept where it is the only one
+
+
+def test_training_learns_and_weight_decay_spares_vectors(g, tmp_path):
+    """Catches an optimizer that climbs, and decay on biases and norms."""
+    model, (queries, _) = tiny_model(), random_rows(g, n=16)
+    rows = queries, [[q[-1], 10] for q in queries]  # say the last token again, then stop
+    before = evaluate_lm(model, *rows)
+    after = train_lm(model, rows, rows, SFTSettings(lr=1e-2, batch=8, epochs=15, warmup=2), str(tmp_path), 0)
+    assert after < 0.3 < 1.5 < before
+    decayed, spared = make_optimizer([model], 1e-3, 0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0 and all(p.dim() == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_training_resumes_bit_for_bit(g, tmp_path, monkeypatch):
+    """Catches state that a checkpoint forgets: optimizer moments, schedule, the order of rows."""
+    rows, s, real = random_rows(g, n=12), SFTSettings(batch=2, warmup=2), sft.row_loss
+
+    def train(name, stop_at=None):
+        steps = iter(range(100))
+
+        def loss(*args):
+            if next(steps) == stop_at:
+                raise KeyboardInterrupt
+            return real(*args)
+        model = tiny_model()
+        monkeypatch.setattr(sft, "row_loss", loss)
+        valid_loss = train_lm(model, rows, rows, s, str(tmp_path / name), 0, save_every=3)
+        return model.state_dict(), valid_loss, read_metrics(tmp_path / name)
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("halves", stop_at=4)  # step 3 is done and lost
+    assert [row["step"] for row in read_metrics(tmp_path / "halves")] == [0, 1, 2, 3]
+    halves = train("halves")
+    assert all(torch.equal(p, halves[0][name]) for name, p in whole[0].items())
+    assert whole[1:] == halves[1:] and [row["step"] for row in whole[2]] == list(range(7))
+
+
+def test_metrics_log_drops_what_comes_again(tmp_path):
+    """Catches doubled rows after a resume, and a line cut by a crash that makes the file unreadable."""
+    log = MetricsLog(tmp_path, 0)
+    for step in range(5):
+        log.write(step, loss=step / 2)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    log = MetricsLog(tmp_path, 3)
+    assert read_metrics(tmp_path) == [{"step": i, "loss": i / 2} for i in range(3)]
+    log.write(3, loss=9.0)
+    assert read_metrics(tmp_path)[-1] == {"step": 3, "loss": 9.0} and len(read_metrics(tmp_path)) == 4
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_state_goes_out_and_in(g, tmp_path):
+    """Catches a generator, optimizer or extra value that does not come back; another shape is refused in a sentence."""
+    model = tiny_model()
+    optimizer = make_optimizer([model], 1e-3, 0.0)
+    assert load_state(tmp_path, [model], optimizer, g) == (0, {})
+    row_loss(model, [[1, 2]], [[3]], 0.0).backward()
+    optimizer.step()
+    save_state(tmp_path, 7, [model], optimizer, g, beta=0.25)
+    drawn, weights = torch.rand(3, generator=g), [p.detach().clone() for p in model.parameters()]
+    other = tiny_model(seed=9)
+    other_optimizer = make_optimizer([other], 1e-3, 0.0)
+    assert load_state(tmp_path, [other], other_optimizer, g) == (7, {"beta": 0.25})
+    assert torch.equal(torch.rand(3, generator=g), drawn)
+    assert all(torch.equal(p, w) for p, w in zip(other.parameters(), weights))
+    for (_, a), (_, b) in zip(optimizer.state.items(), other_optimizer.state.items()):
+        assert torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"]
+    wide, lm_only = tiny_model(n_embd=64), [model, tiny_model()]
+    for models in ([wide], [tiny_model("scalar")], lm_only):
+        with pytest.raises(DataError, match="another shape"):
+            load_state(tmp_path, models, make_optimizer(models, 1e-3, 0.0), g)
