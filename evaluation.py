@@ -364,6 +364,10 @@ def report_text(settings, seconds, reward, policies, samples):
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
             f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}, the ceiling that label noise sets.")]
+    if reward.get("labeler_agreement"):
+        a = reward["labeler_agreement"]
+        out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with each "
+                   f"other {a['between_labelers']:.1%}.")
     if reward["accuracy_ci"][0] <= reward["longer_wins"]:
         out += ["", "**Its interval reaches down to 'longer wins': on these labels it has not shown that it learned more than length.**"]
     out += ["", "![reward model](reward.png)", "", "## Training", "", "![losses](training.png)", "", "![PPO](ppo.png)", "",
@@ -401,6 +405,10 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
         with open(results_file) as f:
             old = json.load(f)
     policies, reward = measure_policies(samples), measure_reward(margins)
+    labelers = os.path.join(folder, "labelers.json")  # written where the labelers are programs
+    if os.path.exists(labelers):
+        with open(labelers) as f:
+            reward["labeler_agreement"] = json.load(f)
     seconds = dict(seconds or old.get("seconds", {}))
     seconds["total"] = sum(t for stage, t in seconds.items() if stage != "total")
     results = {"settings": {k: v for k, v in config.items() if k != "versions"}, "seconds": seconds,

@@ -359,7 +359,7 @@ class GPT(nn.Module):
             config["num_labels"] = 1
         path = os.path.join(folder, "model.safetensors")
         save_file(tensors, path + ".tmp", metadata={"format": "pt"})
-        with open(path + ".tmp", "rb") as f:
+        with open(path + ".tmp", "r+b") as f:
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
         with open(os.path.join(folder, "config.json.tmp"), "w") as f:

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import random
-import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from data import (DataError, encode_query, encode_response, load_comparisons, lo
                   save_encoding, save_json_lines, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, train_ppo
-from reward import CollectSettings, RewardSettings, collect, split_comparisons, train_reward
+from reward import CollectSettings, RewardSettings, collect, labeler_agreement, split_comparisons, train_reward
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, load_model, open_run, override, pick_device, run_main,
                  train_lm)
 
@@ -178,6 +178,11 @@ def stage_collect(run):
         for split, posts in (("train", "collect"), ("valid", "held_out")):
             comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
                                    torch.Generator().manual_seed(run.seed), rng, split)
+        agreement = labeler_agreement(labeler, comparisons)
+        write_atomic(path(run, "labelers.json"), json.dumps(agreement))
+        if agreement:
+            print(f"on {agreement['pairs']} pairs of SFT samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
+                  f"with each other {agreement['between_labelers']:.1%}")
     else:
         comparisons, skipped = load_comparisons(run.comparisons_file)
         print(f"{run.comparisons_file}: {len(comparisons)} comparisons, {skipped} more skipped because a text is empty")
@@ -273,10 +278,18 @@ def run_stages(run):
         print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
         began = time.time()
         stage(run)
-        print("RSS", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         seconds[name] = seconds.get(name, 0.0) + time.time() - began
         write_atomic(seconds_file, json.dumps(seconds))
     return seconds
+
+
+def peak_memory():
+    """The most memory this process has held, in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main():
@@ -305,7 +318,7 @@ def main():
     run = SimpleNamespace(folder=out, settings=settings, seed=args.seed, device=pick_device(args.device), posts_file=args.posts,
                           comparisons_file=args.comparisons)
     seconds = run_stages(run)
-    evaluation.write_report(out, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    evaluation.write_report(out, seconds, peak_memory())
 
 
 if __name__ == "__main__":

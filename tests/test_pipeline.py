@@ -1,0 +1,210 @@
+"""End to end: the `test` preset goes through every stage in seconds; bad input ends in one sentence and status 2."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+import run
+from data import DataError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def script(*args, cwd=ROOT):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, os.path.join(ROOT, args[0]), *map(str, args[1:])], cwd=cwd, env=env, text=True,
+                          capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the test preset, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    done = script("run.py", "--preset", "test", "--out", out, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def refused(done, *says):
+    """One sentence, status 2, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in says:
+        assert word in lines[0], lines[0]
+
+
+def test_results_have_every_field(finished):
+    out, printed = finished
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert set(results) == {"settings", "seconds", "peak_rss_mb", "reward_model", "policies"}
+    assert {"accuracy", "accuracy_ci", "labeler_ceiling", "longer_wins", "n"} <= set(results["reward_model"])
+    assert set(results["policies"]) == {"reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"}
+    for name, p in results["policies"].items():
+        assert {"gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "rm_win_rate", "gold_utility", "rm_score", "kl",
+                "length", "no_eos", "n"} <= set(p)
+        assert (p["kl"] is None) == (name in ("reference", "lead3")) and p["n"] == 12
+        assert p["gold_win_rate_ci"][0] <= p["gold_win_rate"] <= p["gold_win_rate_ci"][1]
+    assert results["policies"]["reference"]["gold_win_rate"] == 0.5 and results["policies"]["sft"]["kl"] == 0
+    assert results["seconds"]["total"] == pytest.approx(sum(t for k, t in results["seconds"].items() if k != "total"))
+    for file in ("report.md", "win_rates.png", "reward.png", "training.png", "ppo.png", "policies.csv"):
+        assert (out / "report" / file).stat().st_size > 200 and file.split(".")[0] in printed + (out / "report" / "report.md").read_text() + file
+
+
+def test_ppo_starts_at_the_reference(finished):
+    """KL 0 and ratio 1 at the first iteration, in whatever precision this machine runs."""
+    first = json.loads((finished[0] / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl"]) < 1e-3 and abs(first["kl_k1"]) < 1e-3 and first["first_log_ratio"] < 5e-2
+
+
+def test_same_command_again_repeats_nothing(finished):
+    out, _ = finished
+    before = {f: (out / f).stat().st_mtime_ns for _, f, _ in run.STAGES}
+    again = script("run.py", "--preset", "test", "--out", out, "--device", "cpu")
+    assert again.returncode == 0 and again.stdout.count("done before") == len(run.STAGES)
+    assert before == {f: (out / f).stat().st_mtime_ns for _, f, _ in run.STAGES}
+
+
+def test_a_lost_stage_is_made_again_bit_for_bit(finished, tmp_path):
+    """Every stage draws from its own seeds: the policy comes out the same after PPO is repeated alone."""
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "ppo")
+    assert script("run.py", "--preset", "test", "--out", out, "--device", "cpu").returncode == 0
+    a, b = (load_file(folder / "ppo" / "model.safetensors") for folder in (finished[0], out))
+    assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_ppo_resumes_bit_for_bit(finished, tmp_path):
+    """Two iterations at once equal one, a crash, and the second from state.pt."""
+    import ppo
+    from sft import open_run
+    r = open_run(str(finished[0]))
+    s = ppo.PPOSettings(**r.config["settings"]["ppo"])
+    args = (str(finished[0]), r.enc, r.posts["pretrain"], r.Q, r.R, s)
+    ppo.train_ppo(*args, str(tmp_path / "whole"), 1, "cpu", save_every=1)
+    real, calls = ppo.rollout, []
+
+    def crashes(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*a)
+    ppo.rollout = crashes
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ppo.train_ppo(*args, str(tmp_path / "parts"), 1, "cpu", save_every=1)
+    finally:
+        ppo.rollout = real
+    ppo.train_ppo(*args, str(tmp_path / "parts"), 1, "cpu", save_every=1)
+    for part in (".", "value"):
+        a, b = (load_file(tmp_path / run / part / "model.safetensors") for run in ("whole", "parts"))
+        assert all((a[k] == b[k]).all() for k in a)
+    metrics = [[{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in (tmp_path / run / "metrics.jsonl").open()]
+               for run in ("whole", "parts")]
+    assert metrics[0] == metrics[1]
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (tmp_path / "parts" / "samples.jsonl").read_text()
+
+
+def test_evaluation_measures_again_from_saved_samples(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    before = json.loads((out / "report" / "results.json").read_text())
+    assert script("evaluation.py", out).returncode == 0
+    after = json.loads((out / "report" / "results.json").read_text())
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_each_script_runs_alone(finished, tmp_path, name):
+    done = script(f"{name}.py", finished[0], "--out", tmp_path / "alone", "--device", "cpu", "--lr", "1e-4")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "alone" / "model.safetensors").exists() and str(tmp_path / "alone") in done.stdout
+    refused(script(f"{name}.py", finished[0], "--out", tmp_path / "alone", "--device", "cpu"), "already holds")
+
+
+@pytest.mark.parametrize("name", ["run", "sft", "reward", "ppo", "evaluation"])
+def test_help(name):
+    done = script(f"{name}.py", "--help")
+    assert done.returncode == 0 and "References" in done.stdout or name == "run" and "--ppo.beta" in done.stdout
+
+
+def test_another_configuration_is_refused_by_name(finished):
+    out, _ = finished
+    refused(script("run.py", "--preset", "test", "--out", out, "--ppo.beta", "0.5", "--device", "cpu"), "ppo.beta", "0.05", "0.5")
+    refused(script("run.py", "--preset", "test", "--out", out, "--seed", "9", "--device", "cpu"), "seed")
+    refused(script("run.py", "--preset", "test", "--out", out / "data", "--device", "cpu"), "not empty")
+    assert (out / "ppo" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--nonsense", "1"], ["--nonsense"]), (["--ppo.beta", "-1"], ["beta"]), (["--ppo.lr", "nan"], ["lr"]), (["--sft.batch", "0"], ["batch"]),
+    (["--model.n_embd", "33"], ["n_embd"]), (["--model.vocab_size", "10"], ["vocab_size"]), (["--preset", "huge"], ["huge"]),
+    (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
+    (["--posts", "x.jsonl"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["x.jsonl does not exist"]),
+    (["--out", "/dev/null/run"], ["/dev/null"])])
+def test_bad_settings_are_one_sentence(tmp_path, args, says):
+    refused(script("run.py", "--preset", "test", *(["--out", tmp_path / "new"] if "--out" not in args else []), *args), *says)
+
+
+def real_files(folder, posts=40):
+    """Small files in OpenAI's formats, as people would bring them: empty posts, long texts, several comparisons of a post."""
+    p, c = folder / "posts.jsonl", folder / "comparisons.jsonl"
+    rows = [{"id": f"t3_{i}", "subreddit": "tifu", "title": f"a post about number {i}", "post": f"this is story {i}. " * (1 + 40 * (i % 7 == 0)),
+             "summary": f"story {i} " * (1 + 60 * (i == 3))} for i in range(posts)] + [{"subreddit": "x", "title": "y", "post": "", "summary": ""}]
+    p.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    c.write_text("".join(json.dumps({
+        "info": {k: rows[i % 20][k] for k in ("id", "subreddit", "title", "post")}, "choice": i % 2, "worker": "w", "split": "valid2",
+        "summaries": [{"text": f" first {i}", "policy": "a"}, {"text": f" second one {i}", "policy": "ref"}], "extra": {"confidence": i % 9}}) + "\n"
+        for i in range(40)))
+    return p, c
+
+
+def test_real_files_go_through_every_stage(tmp_path):
+    posts, comparisons = real_files(tmp_path)
+    done = script("run.py", "--preset", "test", "--posts", posts, "--comparisons", comparisons, "--out", tmp_path / "out", "--device", "cpu",
+                  "--model.max_response", 0)
+    assert done.returncode == 0, done.stderr
+    assert "40 posts, 1 more skipped" in done.stdout
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    assert results["policies"]["ppo"]["gold_win_rate"] is None and results["reward_model"]["labeler_ceiling"] is None
+    assert results["policies"]["ppo"]["rm_win_rate"] is not None
+    split = {}
+    for line in (tmp_path / "out" / "comparisons.jsonl").open():
+        row = json.loads(line)
+        assert split.setdefault(row["info"]["id"], row["split"]) == row["split"]  # a post is never on both sides
+
+
+def test_bad_files_are_one_sentence_and_lose_nothing(tmp_path):
+    posts, comparisons = real_files(tmp_path)
+    lines = comparisons.read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines[:7] + [lines[7].replace('"choice": 1', '"choice": 5')]))
+    args = ["--preset", "test", "--posts", posts, "--out", tmp_path / "out", "--device", "cpu"]
+    refused(script("run.py", *args, "--comparisons", tmp_path / "bad.jsonl"), "bad.jsonl:8", "choice")
+    assert (tmp_path / "out" / "sft" / "model.safetensors").exists()  # what came before is kept
+    (tmp_path / "few.jsonl").write_text("\n".join(posts.read_text().splitlines()[:3]))
+    refused(script("run.py", "--preset", "test", "--posts", tmp_path / "few.jsonl", "--comparisons", comparisons, "--out", tmp_path / "b"), "at least 8")
+
+
+def test_checkpoint_of_another_shape_is_one_sentence(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "ppo")
+    config = json.loads((out / "sft" / "config.json").read_text())
+    (out / "sft" / "config.json").write_text(json.dumps({**config, "n_embd": 64}))
+    refused(script("run.py", "--preset", "test", "--out", out, "--device", "cpu"), "shape")
+    (out / "sft" / "model.safetensors").write_bytes(b"not a model")
+    refused(script("run.py", "--preset", "test", "--out", out, "--device", "cpu"), "sft")
+
+
+def test_every_preset_builds_and_validates():
+    for name in run.PRESETS:
+        assert run.preset(name).ppo.beta > 0
+    with pytest.raises(DataError, match="iterations"):
+        s = run.preset("tiny").ppo
+        s.iterations = 0
+        s.validate()
