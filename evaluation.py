@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import DataError, decode_response, encode_query, encode_response, pad_rows, post_key, save_json_lines, write_atomic
+from data import DataError, decode_response, encode_query, encode_response, pad_rows, post_key, write_atomic
 from ppo import compare_policies, kl_estimates
 from reward import sample_responses, score_all, score_groups
 from sft import Parser, read_metrics, run_main

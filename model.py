@@ -10,16 +10,23 @@ Rows are right-padded everywhere and carry `lengths`. Causality hides what stand
 training attention needs the causal mask alone, positions are 0..T-1, and no padding mask exists that could be wrong.
 Shapes: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary, d width, H heads, D = d / H.
 """
+import functools
 import json
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU and MPS need none
+    triton = None
 
 
 @dataclass
@@ -55,13 +62,283 @@ def round_up(n, multiple):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention: the specification
 
-def attention(q, k, v):
+def plain_attention(q, k, v):
     """Causal attention, softmax(q kᵀ / √D + mask) v. q, k, v [B, H, T, D] -> [B, H, T, D]."""
     B, H, T, D = q.shape
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # column j > row i: the future
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # one pass for scale, product and mask
     return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: the kernels
+#
+# FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2): neither the scores s nor p = softmax(s), [T, T] each,
+# ever reaches memory; the backward recomputes p tile by tile from q, k and lse = logsumexp(s) [B, H, T]. Two differences:
+# dq has a kernel of its own instead of atomic adds (7 products for 5, but every run gives the same bits), and delta =
+# rowsum(o * do) is made by that kernel, which reads these rows anyway.
+#
+# Caveats: compiled for Hopper (no register spills) and checked against float64 in Triton's interpreter, but timed on no GPU
+# yet; no dropout, no bias, no mask but the causal one, no second derivative.
+
+# (M query rows, N keys, num_warps, num_stages) by padded head size. A table, not autotune: two runs compute the same
+# bits. On sm_90 none spills; a warp group (4 warps) wants 64 rows of its left operand: q in fwd and dq, k in dkdv.
+BLOCKS = {
+    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+    "dq": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
+    "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
+}
+BLOCKS_FP32 = (32, 32, 4, 1)  # exact float32 has no matrix instruction: tiles for tests, not for speed
+
+if triton is not None:
+    INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, set before the import: kernels run on the CPU
+    LOG2E = tl.constexpr(1.4426950408889634)  # softmax in base 2: the GPU has exp2 only, exp costs a multiply more
+
+    @triton.jit
+    def _dot(a, b, acc=None):
+        return tl.dot(a, b, acc, input_precision="ieee")  # or float32 would be cut to TF32's 10 bits
+
+    @triton.jit
+    def _head(x, stride):
+        """Address of x[b, h]. In 64 bits: b * stride passes 2^31 at batch sizes that fit in memory."""
+        return x + tl.program_id(2).to(tl.int64) * stride[0] + tl.program_id(1).to(tl.int64) * stride[1]
+
+    @triton.jit
+    def _head_rows(x, T):
+        """Address of x[b, h] for lse and delta: contiguous [B, H, T]."""
+        return x + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * T
+
+    @triton.jit
+    def _rows(start, T, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+        """start .. start+BLOCK. Where the tile may cross the EDGE, rows past T repeat row T-1: cheaper than masked
+        loads, and nothing is read out of bounds. No caller lets the repeats count."""
+        if EDGE:
+            return start + tl.minimum(tl.arange(0, BLOCK), T - 1 - start)
+        else:
+            return start + tl.arange(0, BLOCK)
+
+    @triton.jit
+    def _load(x, stride, rows, D: tl.constexpr, DP: tl.constexpr):
+        """x[rows] of x [T, D] as [len(rows), DP], zeros past D."""
+        cols = tl.arange(0, DP)
+        x += rows.to(tl.int64)[:, None] * stride[2] + cols[None, :]
+        if D == DP:
+            return tl.load(x)
+        else:
+            return tl.load(x, mask=cols[None, :] < D, other=0.0)
+
+    @triton.jit
+    def _store(x, stride, start, T, tile, D: tl.constexpr):
+        rows, cols = start + tl.arange(0, tile.shape[0]), tl.arange(0, tile.shape[1])
+        x += rows.to(tl.int64)[:, None] * stride[2] + cols[None, :]
+        tl.store(x, tile.to(x.dtype.element_ty), mask=(rows < T)[:, None] & (cols < D)[None, :])
+
+    @triton.jit(do_not_specialize=["T"])
+    def _attn_fwd(q, k, v, o, lse, sq, sk, sv, so, T,
+                  D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """o and lse of M query rows, by online softmax over the keys up to the diagonal."""
+        q, k, v, o, lse = _head(q, sq), _head(k, sk), _head(v, sv), _head(o, so), _head_rows(lse, T)
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the last rows see the most keys: start the longest first
+        rows = m0 + tl.arange(0, M)
+        scale: tl.constexpr = LOG2E / D**0.5
+
+        qi = _load(q, sq, _rows(m0, T, M, True), D, DP)
+        m = tl.full([M], -float("inf"), tl.float32)  # running maximum of s log2(e)
+        l = tl.zeros([M], tl.float32)  # running sum of exp2(s log2(e) - m)
+        acc = tl.zeros([M, DP], tl.float32)
+        diagonal = m0 // N * N  # key tiles left of it lie wholly in the past: no mask, 8 instructions per score, not 11
+        for MASKED in tl.static_range(2):
+            lo = diagonal if MASKED else 0
+            hi = tl.minimum(m0 + M, T) if MASKED else diagonal
+            for n0 in range(lo, hi, N):
+                keys = _rows(n0, T, N, MASKED)
+                kj = _load(k, sk, keys, D, DP)
+                vj = _load(v, sv, keys, D, DP)
+                s = _dot(qi, tl.trans(kj))
+                if MASKED:  # hides keys past T too: they come after every real row
+                    s = tl.where(rows[:, None] >= n0 + tl.arange(0, N)[None, :], s, -float("inf"))
+                m_new = tl.maximum(m, tl.max(s, 1) * scale)  # finite from the first tile on: each row sees a key of it
+                p = tl.exp2(s * scale - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+                l = l * alpha + tl.sum(p, 1)
+                acc = _dot(p.to(vj.dtype), vj, acc * alpha[:, None])
+                m = m_new
+        _store(o, so, m0, T, acc / l[:, None], D)
+        tl.store(lse + rows, m + tl.log2(l), mask=rows < T)  # in base 2, as the backward takes it
+
+    @triton.jit(do_not_specialize=["T"])
+    def _attn_bwd_dq(q, k, v, o, do, dq, lse, delta, sq, sk, sv, so, sdo, sdq, T,
+                     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """dp = do v^T,  ds = p * (dp - delta),  dq = ds k / sqrt(D) of M query rows; leaves delta for dkdv."""
+        q, k, v, lse = _head(q, sq), _head(k, sk), _head(v, sv), _head_rows(lse, T)
+        o, do, dq, delta = _head(o, so), _head(do, sdo), _head(dq, sdq), _head_rows(delta, T)
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+        rows = m0 + tl.arange(0, M)
+        scale: tl.constexpr = LOG2E / D**0.5
+
+        near = _rows(m0, T, M, True)
+        qi, doi, li = _load(q, sq, near, D, DP), _load(do, sdo, near, D, DP), tl.load(lse + near)
+        di = tl.sum(_load(o, so, near, D, DP).to(tl.float32) * doi.to(tl.float32), 1)
+        tl.store(delta + rows, di, mask=rows < T)
+        acc = tl.zeros([M, DP], tl.float32)
+        diagonal = m0 // N * N
+        for MASKED in tl.static_range(2):
+            lo = diagonal if MASKED else 0
+            hi = tl.minimum(m0 + M, T) if MASKED else diagonal
+            for n0 in range(lo, hi, N):
+                keys = _rows(n0, T, N, MASKED)
+                kj = _load(k, sk, keys, D, DP)
+                vj = _load(v, sv, keys, D, DP)
+                p = tl.exp2(_dot(qi, tl.trans(kj)) * scale - li[:, None])
+                if MASKED:
+                    p = tl.where(rows[:, None] >= n0 + tl.arange(0, N)[None, :], p, 0.0)
+                dp = _dot(doi, tl.trans(vj))
+                ds = p * (dp - di[:, None])
+                acc = _dot(ds.to(kj.dtype), kj, acc)
+        _store(dq, sdq, m0, T, acc * (1 / D**0.5), D)
+
+    @triton.jit(do_not_specialize=["T"])
+    def _attn_bwd_dkdv(q, k, v, do, dk, dv, lse, delta, sq, sk, sv, sdo, sdk, sdv, T,
+                       D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        """dv = p^T do,  dk = ds^T q / sqrt(D) of N keys. Score tiles are transposed, [keys, rows]: p^T and ds^T leave
+        one matmul laid out, in registers, as the left operand of the next."""
+        q, k, v, lse = _head(q, sq), _head(k, sk), _head(v, sv), _head_rows(lse, T)
+        do, dk, dv, delta = _head(do, sdo), _head(dk, sdk), _head(dv, sdv), _head_rows(delta, T)
+        n0 = tl.program_id(0) * N  # the first keys are seen by the most rows: longest first as it is
+        keys = n0 + tl.arange(0, N)
+        scale: tl.constexpr = LOG2E / D**0.5
+
+        near = _rows(n0, T, N, True)
+        kj, vj = _load(k, sk, near, D, DP), _load(v, sv, near, D, DP)
+        acc_k = tl.zeros([N, DP], tl.float32)
+        acc_v = tl.zeros([N, DP], tl.float32)
+        past = tl.cdiv(n0 + N, M) * M  # from this row on, all N keys lie in the past
+        last = tl.maximum(past, T // M * M)  # the tile that T cuts
+        for PART in tl.static_range(3):  # diagonal, interior, last
+            lo = n0 // M * M if PART == 0 else (past if PART == 1 else last)
+            hi = tl.minimum(past, T) if PART == 0 else (last if PART == 1 else T)
+            for m0 in range(lo, hi, M):
+                rows = _rows(m0, T, M, PART != 1)
+                qi, doi = _load(q, sq, rows, D, DP), _load(do, sdo, rows, D, DP)
+                pT = tl.exp2(_dot(kj, tl.trans(qi)) * scale - tl.load(lse + rows)[None, :])
+                if PART != 1:
+                    row = m0 + tl.arange(0, M)
+                    row = tl.where(row < T, row, -1)  # past T: sees no key
+                    pT = tl.where(row[None, :] >= keys[:, None], pT, 0.0)
+                acc_v = _dot(pT.to(doi.dtype), doi, acc_v)
+                dpT = _dot(vj, tl.trans(doi))
+                dsT = pT * (dpT - tl.load(delta + rows)[None, :])
+                acc_k = _dot(dsT.to(qi.dtype), qi, acc_k)
+        _store(dv, sdv, n0, T, acc_v, D)
+        _store(dk, sdk, n0, T, acc_k * (1 / D**0.5), D)
+
+    def _launch(name, kernel, *args):
+        """kernel(*args, the strides of those args that are [B, H, T, D], in order, ...) over all tiles of all heads."""
+        q = args[0]
+        B, H, T, D = q.shape
+        DP = max(16, triton.next_power_of_2(D))
+        M, N, warps, stages = BLOCKS_FP32 if q.dtype == torch.float32 else BLOCKS[name][DP]
+        grid = (triton.cdiv(T, N if name == "dkdv" else M), H, B)
+        strides = [x.stride()[:3] for x in args if x.dim() == 4]
+        kernel[grid](*args, *strides, T, D, DP, M, N, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+    def _unit_stride(*tensors):
+        """The kernels take any strides but the last, which is not 1 in, say, the gradient of o.sum()."""
+        return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+    # Custom ops are opaque to torch.compile, which then runs these very launches; triton_op would have it retrace and
+    # recompile the kernels, in which it has nothing to fuse.
+    @torch.library.custom_op("fused_attention::forward", mutates_args=())
+    def _attn_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = _unit_stride(q, k, v)
+        o, lse = _fake_forward(q, k, v)
+        _launch("fwd", _attn_fwd, q, k, v, o, lse)
+        return o, lse
+
+    @_attn_forward.register_fake
+    def _fake_forward(q, k, v):
+        B, H, T, D = q.shape  # o lies in memory as [B, T, H, D]: the caller joins the heads without a copy
+        return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+
+    @torch.library.custom_op("fused_attention::backward", mutates_args=())
+    def _attn_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
+                  do: torch.Tensor) -> torch.Tensor:
+        q, k, v, do = _unit_stride(q, k, v, do)
+        grad = _fake_backward(q, k, v, o, lse, do)
+        dq, dk, dv = grad.permute(2, 0, 3, 1, 4)
+        delta = torch.empty_like(lse)
+        _launch("dq", _attn_bwd_dq, q, k, v, o, do, dq, lse, delta)  # first: it writes delta
+        _launch("dkdv", _attn_bwd_dkdv, q, k, v, do, dk, dv, lse, delta)
+        return grad
+
+    @_attn_backward.register_fake
+    def _fake_backward(q, k, v, o, lse, do):
+        B, H, T, D = q.shape  # one tensor [B, T, 3, H, D], since an op's outputs must not share memory
+        return q.new_empty(B, T, 3, H, D)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The two ops as one differentiable function. No second derivative."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        o, lse = _attn_forward(q, k, v)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        return _attn_backward(*ctx.saved_tensors, do).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def fused_attention(q, k, v):
+    """plain_attention by the kernels: q, k, v [B, H, T, D] of one shape and one dtype (bfloat16, float16, float32), any
+    strides (views of a fused projection are not copied), 16 <= D <= 128. Returns [B, H, T, D] whose transpose(1, 2) is
+    contiguous. Raises ValueError for anything else."""
+    if triton is None or not (q.is_cuda or INTERPRET):
+        raise ValueError("fused_attention needs Triton and a GPU (or TRITON_INTERPRET=1): use plain_attention")
+    if not q.shape == k.shape == v.shape or q.dim() != 4 or not 16 <= q.shape[-1] <= 128:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"fused_attention needs q, k, v of one shape [B, H, T, D], 16 <= D <= 128, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"fused_attention needs q, k, v all bf16, fp16 or fp32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if INTERPRET and q.dtype == torch.bfloat16:  # the interpreter would compute on its bit patterns, silently
+        return FusedAttention.apply(q.float(), k.float(), v.float()).to(q.dtype)
+    return FusedAttention.apply(q, k, v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: the choice
+
+@functools.cache
+def fused_attention_works(device_index, D):
+    """Whether the kernels give plain_attention's numbers on this GPU, tried once per head size; the answer is printed."""
+    why = "no Triton here"
+    if triton is not None and 16 <= D <= 128:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, do = (torch.randn(1, 2, 150, D, generator=generator).to(f"cuda:{device_index}", torch.bfloat16).requires_grad_()
+                       for _ in range(4))
+        try:
+            with torch.enable_grad(), torch.autocast("cuda", enabled=False):  # whoever asks first may be sampling
+                fused, plain = (torch.autograd.grad(f(q, k, v), (q, k, v), do) for f in (fused_attention, plain_attention))
+            error = max((a - b).abs().max().item() for a, b in zip(fused, plain))
+            why = f"gradients within {error:.2g} of the plain ones"
+            if error < 0.1:
+                print(f"attention: fused Triton kernels, head size {D} ({why})")
+                return True
+        except Exception as e:  # whatever a compiler or driver of another version may raise
+            why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    print(f"attention: plain PyTorch, head size {D} ({why})")
+    return False
+
+
+def attention(q, k, v):
+    """Causal attention [B, H, T, D]: the kernels on a GPU where they work, the specification everywhere else."""
+    if q.is_cuda and fused_attention_works(q.device.index, q.shape[-1]):
+        return fused_attention(q, k, v)
+    return plain_attention(q, k, v)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,6 +427,8 @@ class GPT(nn.Module):
     def hidden(self, tokens):
         """tokens [B, T] -> float32 hidden states after the final layer norm [B, T, d]."""
         T = tokens.shape[1]
+        if T > self.config.n_positions:
+            raise ValueError(f"rows of {T} tokens do not fit into {self.config.n_positions} positions")
         tokens = F.pad(tokens, (0, min(round_up(T, 16), self.config.n_positions) - T))
         with self.amp():
             x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
@@ -225,8 +504,6 @@ class GPT(nn.Module):
         one row draws does not depend on when other rows finish. `generator` is a CPU generator on every device.
         """
         c, device, dtype = self.config, self.device, self.amp_dtype
-        tokens = F.pad(tokens, (0, max(0, min(round_up(tokens.shape[1], 16), self.config.n_positions - max_new_tokens)
-                                       - tokens.shape[1])))
         B, Q = tokens.shape
         R, H, D = max_new_tokens, c.n_head, c.n_embd // c.n_head
         if Q + R > c.n_positions:
@@ -251,12 +528,13 @@ class GPT(nn.Module):
         cache = torch.zeros(c.n_layer, 2, B * n, H, Q + R, D, dtype=cache_dtype, device=device)
 
         def attend_prefill(i, q, k, v):
-            q, k, v = (a.view(B, Q, H, D).transpose(1, 2) for a in (q, k, v))
-            cache[i, 0, :, :, :Q] = k.repeat_interleave(n, 0).to(cache_dtype)
-            cache[i, 1, :, :, :Q] = v.repeat_interleave(n, 0).to(cache_dtype)
-            return attention(q, k, v).transpose(1, 2).reshape(B, Q, H * D)
+            q, k, v = (a.view(B, -1, H, D).transpose(1, 2) for a in (q, k, v))
+            cache[i, 0, :, :, :Q] = k[:, :, :Q].repeat_interleave(n, 0).to(cache_dtype)
+            cache[i, 1, :, :, :Q] = v[:, :, :Q].repeat_interleave(n, 0).to(cache_dtype)
+            return attention(q, k, v).transpose(1, 2).reshape(B, -1, H * D)
 
-        x = step(self.wte(tokens) + self.wpe.weight[:Q], attend_prefill)
+        prompt = F.pad(tokens, (0, min(round_up(Q, 16), c.n_positions) - Q))
+        x = step(self.wte(prompt) + self.wpe.weight[:prompt.shape[1]], attend_prefill)
         x = x[torch.arange(B, device=device), lengths - 1].repeat_interleave(n, 0)  # [B·n, d] predicts y_0
         out = torch.zeros(B * n, Q + R, dtype=torch.long, device=device)
         out[:, :Q] = torch.where(torch.arange(Q, device=device) < lengths[:, None], tokens, 0).repeat_interleave(n, 0)

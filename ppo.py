@@ -90,6 +90,7 @@ def gae(rewards, values, mask, gamma, lam):
 def whiten(x, mask, shift_mean=True):
     """(x - mean) / sqrt(var + 1e-8), biased variance; shift_mean=False puts the mean back. (Ziegler's code)"""
     mask = mask.bool()
+    x = torch.where(mask, x, 0)  # before anything is computed: a NaN behind the end would come back in the gradient
     mean = masked_mean(x, mask)
     var = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * torch.rsqrt(var + 1e-8)
@@ -244,7 +245,7 @@ def check_ratio(stats, dtype):
     """Before the first step the policy is the one that sampled: every ratio is 1 up to rounding. If it is not, sampling and
     training disagree (temperature, positions, dropout, masks) and nothing that follows could be trusted."""
     mean_bound, max_bound = (1e-4, 1e-4) if dtype == torch.float32 else (5e-3, 5e-2)
-    if stats["mean_log_ratio"] > mean_bound or stats["max_log_ratio"] > max_bound:
+    if not (stats["mean_log_ratio"] <= mean_bound and stats["max_log_ratio"] <= max_bound):  # so that NaN stops it too
         raise DataError(f"PPO's first minibatch has log ratios up to {stats['max_log_ratio']:.2g} (mean "
                         f"{stats['mean_log_ratio']:.2g}), above rounding: the policy that trains is not the one that sampled")
 

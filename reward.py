@@ -29,7 +29,7 @@ from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_m
 
 @dataclass
 class RewardSettings:
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 5e-4  # peak learning rate
     batch: int = 8  # posts per step, with all their comparisons
     epochs: int = 1  # passes over the comparisons; the papers take one
     warmup: int = 20  # steps of linear warm-up
@@ -42,9 +42,9 @@ class RewardSettings:
 
 @dataclass
 class CollectSettings:
-    posts: int = 1300  # posts whose summaries are compared for training
+    posts: int = 1500  # posts whose summaries are compared for training
     pairs: int = 10  # comparisons per post, drawn from all pairs of its summaries
-    held_out_posts: int = 300  # posts for testing the reward model
+    held_out_posts: int = 500  # posts for testing the reward model
     noise: float = 1.1  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
     length_bias: float = 0.0  # key facts that a summary of e times the words is worth to the labelers
     copy_bias: float = 0.0  # key facts that a summary copied whole from the post is worth to them
@@ -110,7 +110,7 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
     return comparisons
 
 
-def labeler_agreement(labeler, comparisons, policy="sft-0.7"):
+def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
     """How often labelers agree with the gold judge and with each other on pairs of one policy's samples, each pair shown to two
     of them; pairs that the judge finds equal are left out. (Stiennon table 20; the paper's figures are 77 % and 73 %)"""
     with_judge, between = [], []

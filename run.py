@@ -94,8 +94,8 @@ def preset(name):
     for key, value in PRESETS[name].items():
         stage, setting = key.split(".")
         setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
-    for part in dataclasses.fields(settings):
-        getattr(settings, part.name).validate()
+    for part in vars(settings).values():
+        part.validate()
     return settings
 
 
@@ -173,7 +173,7 @@ def stage_collect(run):
     if run.comparisons_file is None:
         labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, seed=run.seed)
         sft, pretrained = (load_model(path(run, name), run.device) for name in ("sft", "pretrained"))
-        mixture = [("sft-0.3", sft, 0.3, 1), ("sft-0.7", sft, 0.7, 2), ("pretrained-0.5", pretrained, 0.5, 1)]
+        mixture = [("sft-0.3", sft, 0.3, 1), ("sft-0.5", sft, 0.5, 2), ("pretrained-0.5", pretrained, 0.5, 1)]
         comparisons = []
         for split, posts in (("train", "collect"), ("valid", "held_out")):
             comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
@@ -300,8 +300,8 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--posts", help="JSON lines with subreddit, title, post, summary, instead of the embedded world")
     parser.add_argument("--comparisons", help="human comparisons in OpenAI's format; goes with --posts")
-    for field in dataclasses.fields(Settings):
-        add_settings(parser, getattr(Settings(), field.name), field.name + ".")
+    for stage, part in vars(Settings()).items():
+        add_settings(parser, part, stage + ".")
     args = parser.parse_args()
     if (args.posts is None) != (args.comparisons is None):
         raise DataError("--posts and --comparisons go together: only the embedded world has labelers of its own")
@@ -310,8 +310,8 @@ def main():
             raise DataError(f"{file} does not exist")
     name = args.preset or ("real" if args.posts else "tiny")
     settings = preset(name)
-    for field in dataclasses.fields(settings):
-        setattr(settings, field.name, override(getattr(settings, field.name), args, field.name + "."))
+    for stage, part in vars(settings).items():
+        setattr(settings, stage, override(part, args, stage + "."))
     out = args.out or os.path.join("out", f"{name}-seed{args.seed}")
     open_folder(out, {"preset": name, "seed": args.seed, "posts": args.posts, "comparisons": args.comparisons,
                       "settings": dataclasses.asdict(settings)})

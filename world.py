@@ -125,7 +125,7 @@ def make_post(rng, id, listed=True):
     middle = len(story) // 2
     body = " ".join(story[:middle]) + "\n" + " ".join(story[middle:])
     if listed:  # authors differ: one degree of care for the whole TL;DR
-        care, slips, chatter = rng.choice([.3, .5, .7]), .01, .5
+        care, slips, chatter = rng.choice([.3, .5, .7]), .003, .5
     else:
         care, slips, chatter = .95, .0, .15
     return {"id": id, "subreddit": rng.choice(SUBREDDITS if listed else OTHER_SUBREDDITS),

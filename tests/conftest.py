@@ -1,9 +1,13 @@
 """What all tests share: the repository on the path, one thread, a tiny random model, a tiny tokenizer."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before model: the kernels run on the CPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import train_bpe  # noqa: E402

@@ -210,6 +210,16 @@ def test_a_policy_that_is_the_reference_wins_half():
     assert measure_policies([{**row, "post": {"post": row["post"]["post"]}} for row in rows])["other"]["gold_win_rate"] is None
 
 
+def test_the_table_controls_for_length():
+    """Catches a table whose length-controlled rate is the raw one: here long summaries win and short ones mostly lose."""
+    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})
+    w = [1.0 if i % 10 < 7 else 0.0 for i in range(40)]
+    out = measure_policies(rows)["other"]
+    assert out["gold_win_rate"] == pytest.approx(np.mean(w), abs=.05)
+    expected = length_controlled_win_rate(w, [math.log(60 / 30) if i % 10 < 6 else math.log(33 / 30) for i in range(40)])
+    assert out["gold_win_rate_length_controlled"] == pytest.approx(expected, abs=.05) and expected < .3
+
+
 def test_sampled_kl_is_0_for_the_policy_itself_and_k1_for_another(g):
     """Catches policy and reference swapped, and queries counted into the KL."""
     policy, ref, (queries, samples) = tiny_model(seed=0), tiny_model(seed=1), random_rows(g, n=7)

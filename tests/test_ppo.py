@@ -23,7 +23,7 @@ def close(a, b, atol=1e-6):
     torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), atol=atol, rtol=0)
 
 
-# --- vectors worked by hand (papers/algorithm.md 9.2)
+# --- vectors worked by hand
 
 
 def test_gae_by_hand():

@@ -63,6 +63,17 @@ def test_batches_cover_every_row_once_per_epoch():
     assert [sorted(b) for b in batches(3, 4, 2, seed=1)] == [[0, 1, 2]] * 2  # but kept where it is the only one
 
 
+def test_batches_of_like_length():
+    """Catches rows skipped or doubled by the sorting, an order by length over time, and a cut that always hits the longest."""
+    lengths = list(range(64))
+    plan = batches(64, 4, 2, 1, lengths)
+    assert sorted(sum(plan[:16], [])) == lengths == sorted(sum(plan[16:], [])) and plan[:16] != plan[16:]
+    assert all(max(b) - min(b) == 3 for b in plan)
+    assert [min(b) for b in plan[:16]] != sorted(min(b) for b in plan[:16])
+    dropped = [set(range(14)) - set(sum(batches(14, 4, 1, seed, lengths), [])) for seed in range(20)]
+    assert all(len(d) == 2 for d in dropped) and len(set.union(*dropped)) > 5
+
+
 def test_training_learns_and_weight_decay_spares_vectors(g, tmp_path):
     """Catches an optimizer that climbs, and decay on biases and norms."""
     model, (queries, _) = tiny_model(), random_rows(g, n=16)
