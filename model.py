@@ -474,6 +474,8 @@ class GPT(nn.Module):
         """scores() of n responses to each query, the query read once: a third of the tokens where n is 5.
 
         queries [P, Q], query_lengths [P], responses [P, n, R], lengths [P, n] (of the responses alone) -> [P, n]"""
+        if int((query_lengths[:, None] + lengths).max()) > self.config.n_positions:
+            raise ValueError(f"a query and its response do not fit into {self.config.n_positions} positions")
         Q, R = round_up(queries.shape[1], 16), round_up(responses.shape[2], 16)
         queries, responses = F.pad(queries, (0, Q - queries.shape[1])), F.pad(responses, (0, R - responses.shape[2]))
         position = query_lengths[:, None] + torch.arange(R, device=queries.device)

@@ -62,6 +62,7 @@ def masked_mean(x, mask):
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
+@torch.no_grad()
 def shaped_rewards(score, logprobs, ref_logprobs, mask, beta):
     """r_t = -β (log π(y_t) - log π_ref(y_t)) + 1[t = last] score.  (Stiennon §3.4, Ziegler eq. 2)
 

@@ -45,7 +45,7 @@ class CollectSettings:
     posts: int = 1500  # posts whose summaries are compared for training
     pairs: int = 10  # comparisons per post, drawn from all pairs of its summaries
     held_out_posts: int = 500  # posts for testing the reward model
-    noise: float = 1.1  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
+    noise: float = 0.95  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
     length_bias: float = 0.0  # key facts that a summary of e times the words is worth to the labelers
     copy_bias: float = 0.0  # key facts that a summary copied whole from the post is worth to them
     flipped: bool = False  # the labelers choose the worse one (the bug of Ziegler's blog post)

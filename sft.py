@@ -137,13 +137,13 @@ def batches(n, batch, epochs, seed, lengths=None):
 
     With lengths, rows of like length share a batch (sorted within stretches of 32 batches, then shuffled): less padding."""
     generator = torch.Generator().manual_seed(seed)
-    out = []
+    out, whole = [], max(n // batch * batch, min(n, batch))
     for _ in range(epochs):
-        order = torch.randperm(n, generator=generator).tolist()
+        order = torch.randperm(n, generator=generator).tolist()[:whole]
         if lengths:
             stretch = 32 * batch
-            order = [i for k in range(0, n, stretch) for i in sorted(order[k:k + stretch], key=lambda i: lengths[i])]
-        steps = [order[i:i + batch] for i in range(0, max(1, n - batch + 1), batch)]
+            order = [i for k in range(0, whole, stretch) for i in sorted(order[k:k + stretch], key=lambda i: lengths[i])]
+        steps = [order[i:i + batch] for i in range(0, whole, batch)]
         if lengths:
             steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
         out += steps
