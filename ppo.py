@@ -62,11 +62,10 @@ def masked_mean(x, mask):
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
-@torch.no_grad()
 def shaped_rewards(score, logprobs, ref_logprobs, mask, beta):
     """r_t = -β (log π(y_t) - log π_ref(y_t)) + 1[t = last] score.  (Stiennon §3.4, Ziegler eq. 2)
 
-    score [B], the others [B, R] -> [B, R]. Summed over a row: score - β·k1. No gradient flows through it."""
+    score [B], the others [B, R] -> [B, R]. Summed over a row: score - β·k1. A reward, not a loss: rollout() takes no gradient through it."""
     mask = mask.bool()
     rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0)
     last = mask.sum(1) - 1
