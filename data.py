@@ -186,7 +186,7 @@ def load_comparisons(path):
 
 def post_key(info):
     """What makes two comparisons share a post: its id, or its text where there is no id."""
-    return info.get("id") or info["title"] + "\n" + info["post"]
+    return str(info.get("id") or info["title"] + "\n" + info["post"])
 
 
 def save_json_lines(path, rows):
@@ -209,7 +209,7 @@ def encode_query(enc, post, Q):
         if len(ids) <= Q:
             return ids
         if not body:
-            raise DataError(f"post {post.get('id')}: its title alone needs more than the {Q} tokens of a query; raise Q")
+            raise DataError(f"post {post.get('id')}: its title alone needs more than the {Q} tokens of a query; raise max_query")
         newline = body.rfind("\n")
         # a character is at most 4 bytes, hence 4 tokens: so many can go without cutting deeper than one by one would
         body = body[:newline] if newline >= 0 else body[:-max(1, (len(ids) - Q) // 5)]

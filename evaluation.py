@@ -314,7 +314,8 @@ def draw_ppo(folder, path):
         ax.title.set_fontsize(9)
     for ax in list(axes.flat)[len(curves):]:
         ax.axis("off")
-    axes.flat[-1].set_ylim(bottom=max(-1, axes.flat[-1].get_ylim()[0]))
+    last = axes.flat[len(curves) - 1]  # explained variance starts far below 0
+    last.set_ylim(bottom=max(-1, last.get_ylim()[0]))
     save_figure(figure, path)
 
 
@@ -363,7 +364,7 @@ def report_text(settings, seconds, reward, policies, samples):
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
-            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}, the ceiling that label noise sets.")]
+            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which their noise sets.")]
     if reward.get("labeler_agreement"):
         a = reward["labeler_agreement"]
         out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with each "

@@ -7,7 +7,8 @@ References: Radford et al. 2019 (GPT-2); Stiennon 2020 appendix B (scalar head);
     tokens, lengths, logprobs = model.generate(queries, lengths, max_new_tokens=48, temperature=0.7, eos=0)
 
 Rows are right-padded everywhere and carry `lengths`. Causality hides what stands to the right of a position, so the
-training attention needs the causal mask alone, positions are 0..T-1, and no padding mask exists that could be wrong.
+attention over whole rows needs the causal mask alone, positions are 0..T-1, and nothing is ever shifted; only where
+responses share a query (Block.branch) and where the sampler reads its cache are keys masked by length.
 Shapes: B rows, Q query tokens, R response tokens, T = Q + R, V vocabulary, d width, H heads, D = d / H.
 """
 import functools
@@ -323,7 +324,7 @@ def fused_attention_works(device_index, D):
         try:
             with torch.enable_grad(), torch.autocast("cuda", enabled=False):  # whoever asks first may be sampling
                 fused, plain = (torch.autograd.grad(f(q, k, v), (q, k, v), do) for f in (fused_attention, plain_attention))
-            error = max((a - b).abs().max().item() for a, b in zip(fused, plain))
+            error = torch.stack([(a - b).abs().max() for a, b in zip(fused, plain)]).max().item()  # NaN stays NaN
             why = f"gradients within {error:.2g} of the plain ones"
             if error < 0.1:
                 print(f"attention: fused Triton kernels, head size {D} ({why})")
@@ -637,16 +638,16 @@ class GPT(nn.Module):
                   "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True}
         if self.score is not None:
             config["num_labels"] = 1
-        path = os.path.join(folder, "model.safetensors")
-        save_file(tensors, path + ".tmp", metadata={"format": "pt"})
-        with open(path + ".tmp", "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
         with open(os.path.join(folder, "config.json.tmp"), "w") as f:
             json.dump(config, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
         os.replace(f.name, os.path.join(folder, "config.json"))
+        path = os.path.join(folder, "model.safetensors")
+        save_file(tensors, path + ".tmp", metadata={"format": "pt"})
+        with open(path + ".tmp", "r+b") as f:
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)  # last: where it stands, the folder is whole
 
     @classmethod
     def from_pretrained(cls, folder, head="lm"):

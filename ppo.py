@@ -166,7 +166,8 @@ class Rollout:
     query_lengths: torch.Tensor  # [B]
     lengths: torch.Tensor  # [B] query and response with its EOS
     mask: torch.Tensor  # [B, R] 1 where a response token stands
-    logprobs: torch.Tensor  # [B, R] of the policy that sampled
+    logprobs: torch.Tensor  # [B, R] of the policy that sampled, from the forward pass that training uses
+    sampler_gap: torch.Tensor  # [] mean |difference| to the log-probabilities that the sampler itself reports
     ref_logprobs: torch.Tensor  # [B, R]
     values: torch.Tensor  # [B, R]
     score: torch.Tensor  # [B] reward model's, or no_eos_score
@@ -198,11 +199,12 @@ def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, 
     """Sample one response to each query and work out what each of its tokens was worth."""
     # 1. sample
     tokens, query_lengths = pad_rows(queries, policy.device)
-    tokens, lengths, _ = policy.generate(tokens, query_lengths, R, s.temperature, policy.config.eos, generator)
+    tokens, lengths, sampled = policy.generate(tokens, query_lengths, R, s.temperature, policy.config.eos, generator)
     tokens = tokens[:, :int(lengths.max())]
     # 2. log-probabilities under policy and reference, at the temperature of the samples
     logprobs, ref_logprobs, mask, kl, entropy = compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R,
                                                                  s.temperature)
+    sampler_gap = masked_mean((sampled - logprobs).abs(), mask)
     # 3. score; a response that did not end gets a fixed one instead
     no_eos = tokens[torch.arange(len(tokens)), lengths - 1] != policy.config.eos
     score = torch.where(no_eos, s.no_eos_score, reward_model.scores(tokens, lengths))
@@ -211,7 +213,7 @@ def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, 
     # 5. advantages from the value model; returns from the advantages as they are, only then whitening
     values = value_model.values(tokens, query_lengths, lengths, R)
     advantages, returns = gae(rewards, values, mask, s.gamma, s.lam)
-    return Rollout(tokens, query_lengths, lengths, mask, logprobs, ref_logprobs, values, score, whiten(advantages, mask),
+    return Rollout(tokens, query_lengths, lengths, mask, logprobs, sampler_gap, ref_logprobs, values, score, whiten(advantages, mask),
                    returns, no_eos, kl.sum(1), masked_mean(entropy, mask))
 
 
@@ -250,6 +252,13 @@ def check_ratio(stats, dtype):
                         f"{stats['mean_log_ratio']:.2g}), above rounding: the policy that trains is not the one that sampled")
 
 
+def check_sampler(gap, dtype):
+    """The sampler and the training forward are two programs for one policy; their log-probabilities differ by rounding only."""
+    if not gap <= (1e-4 if dtype == torch.float32 else 5e-3):
+        raise DataError(f"the sampler's log-probabilities are {gap:.2g} from the training forward's on average, above rounding: "
+                        "the two disagree about the policy")
+
+
 def mean_utility(posts, texts):
     """The gold judge's mean utility of summaries, None where the posts are real and nobody knows."""
     if "facts" not in posts[0]:
@@ -279,7 +288,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
     policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
     value_model, reward_model = (load_model(os.path.join(folder_of_run, "reward"), device, "scalar") for _ in range(2))
     queries = [encode_query(enc, post, Q) for post in posts]
-    plan = batches(len(queries), s.batch, 1 + s.iterations * s.batch // len(queries), seed)
+    passes = -(-s.iterations // max(1, len(queries) // s.batch))  # as often over the queries as the iterations need
+    plan = batches(len(queries), s.batch, passes, seed)
     controller = FixedKL(s.beta)
     optimizer, generator = make_optimizer([policy, value_model], s.lr, 0.0), torch.Generator().manual_seed(seed)
     start, more = load_state(folder, [policy, value_model], optimizer, generator)
@@ -295,12 +305,13 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
         k1, _, k3 = (k.mean().item() for k in kl_estimates(r.logprobs, r.ref_logprobs, r.mask))
         if iteration == 0 and r.kl.mean().item() > 1e-3:
             raise DataError(f"the policy starts {r.kl.mean().item():.2g} nats from its reference; both must be the SFT model")
+        check_sampler(r.sampler_gap.item(), policy.amp_dtype)
         stats = update(policy, value_model, optimizer, r, s, generator)
         controller.update(k1, len(rows))
         texts = [decode_response(enc, r.tokens[i, q:n].tolist()) for i, (q, n) in enumerate(zip(r.query_lengths, r.lengths))]
         spread = masked_mean((r.returns - masked_mean(r.returns, r.mask)) ** 2, r.mask).item()
         log.write(iteration, score=r.score.mean().item(), kl=r.kl.mean().item(), kl_k1=k1, kl_k3=k3, beta=controller.beta,
-                  entropy=r.entropy.item(), length=r.mask.sum(1).float().mean().item(), no_eos=r.no_eos.float().mean().item(),
+                  entropy=r.entropy.item(), sampler_gap=r.sampler_gap.item(), length=r.mask.sum(1).float().mean().item(), no_eos=r.no_eos.float().mean().item(),
                   explained_variance=1 - masked_mean((r.values - r.returns) ** 2, r.mask).item() / max(spread, 1e-8),
                   gold=mean_utility([posts[i] for i in rows], texts),
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
@@ -315,7 +326,7 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
 
 def main():
     run, settings, out, device = alone(__doc__, "ppo", PPOSettings)
-    train_ppo(run.folder, run.enc, run.posts["pretrain"], run.Q, run.R, settings, out, run.seed, device)
+    train_ppo(run.folder, run.enc, [p for p in run.posts["pretrain"] if world.in_task(p)], run.Q, run.R, settings, out, run.seed, device)
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
 
 

@@ -111,8 +111,8 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
 
 
 def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
-    """How often labelers agree with the gold judge and with each other on pairs of one policy's samples, each pair shown to two
-    of them; pairs that the judge finds equal are left out. (Stiennon table 20; the paper's figures are 77 % and 73 %)"""
+    """How often labelers agree with the gold judge and with each other on pairs of one policy's samples, each pair shown
+    twice; pairs that the judge finds equal are left out. (Stiennon appendix C: labelers and researchers agree on 77 %)"""
     with_judge, between = [], []
     for c in comparisons:
         a, b = (s["text"].strip() for s in c["summaries"])
@@ -173,7 +173,7 @@ def split_comparisons(enc, path, Q, R):
     return train, held_out, comparisons
 
 
-def train_reward(model, groups, references, settings, folder, seed, save_every=200):
+def train_reward(model, groups, references, settings, folder, seed, save_every=50):
     """One epoch of pairwise loss, then the shift that makes references (queries, responses) score 0 on average."""
     s = settings
     plan = batches(len(groups), s.batch, s.epochs, seed)

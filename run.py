@@ -43,8 +43,8 @@ class ModelSettings:
 
     def validate(self):
         check(self.vocab_size > 257, "model.vocab_size must be above 257, the bytes and the end of text")
-        check(min(self.n_layer, self.n_head, self.n_embd) > 0 and self.n_embd % self.n_head == 0, "model.n_embd must be "
-              "a multiple of model.n_head")
+        check(min(self.n_layer, self.n_head, self.n_embd) > 0 and self.n_embd % self.n_head == 0 and self.n_embd % 2 == 0,
+              "model.n_embd must be even and a multiple of model.n_head")
         check(self.max_query > 0 and (self.max_response == 0 or self.max_response > 1), "model.max_query must be above 0 and "
               "model.max_response above 1")
 
@@ -56,7 +56,7 @@ class PostSettings:
     test: int = 500  # held-out posts of the evaluation
 
     def validate(self):
-        check(min(self.pretrain, self.sft, self.test) > 0, "posts.pretrain, posts.sft and posts.test must be above 0")
+        check(min(self.pretrain, self.sft, self.test) > 0, "data.pretrain, data.sft and data.test must be above 0")
 
 
 @dataclass
@@ -212,7 +212,7 @@ def stage_reward(run):
 
 def stage_ppo(run):
     """PPO against the reward model."""
-    posts = [p for p in run.posts["pretrain"] if p["subreddit"] not in world.OTHER_SUBREDDITS or "facts" not in p]
+    posts = [p for p in run.posts["pretrain"] if world.in_task(p)]
     train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device)
 
 
@@ -263,12 +263,13 @@ def open_folder(out, config):
 
 
 def run_stages(run):
-    """Every stage that has not left its result yet; seconds.json keeps what each took."""
+    """Every stage that has not left its result yet -> seconds of each, whether any worked."""
     seconds_file = path(run, "seconds.json")
     seconds = {}
     if os.path.exists(seconds_file):
         with open(seconds_file) as f:
             seconds = json.load(f)
+    worked = False
     for number, (name, result, stage) in enumerate(STAGES, 1):
         if name != "data" and not hasattr(run, "enc"):
             run.__dict__.update(open_run(run.folder).__dict__)
@@ -278,9 +279,10 @@ def run_stages(run):
         print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
         began = time.time()
         stage(run)
+        worked = True
         seconds[name] = seconds.get(name, 0.0) + time.time() - began
         write_atomic(seconds_file, json.dumps(seconds))
-    return seconds
+    return seconds, worked
 
 
 def peak_memory():
@@ -317,8 +319,8 @@ def main():
                       "settings": dataclasses.asdict(settings)})
     run = SimpleNamespace(folder=out, settings=settings, seed=args.seed, device=pick_device(args.device), posts_file=args.posts,
                           comparisons_file=args.comparisons)
-    seconds = run_stages(run)
-    evaluation.write_report(out, seconds, peak_memory())
+    seconds, worked = run_stages(run)
+    evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def run_main(main):
     except DataError as e:
         sys.exit(_say(e, 2))
     except KeyboardInterrupt:
-        sys.exit(_say("stopped; the same command goes on from the last checkpoint", 130))
+        sys.exit(_say("stopped; the same command goes on from its last checkpoint", 130))
     except OSError as e:
         sys.exit(_say(f"{e.filename or 'a file'}: {e.strerror or e}", 2))
 
@@ -253,6 +253,15 @@ def alone(doc, stage, settings_class):
     out = args.out or os.path.join(args.run, f"{stage}-alone")
     if os.path.exists(os.path.join(out, "model.safetensors")):
         raise DataError(f"{out} already holds a trained model; name another folder with --out")
+    os.makedirs(out, exist_ok=True)
+    file, asked = os.path.join(out, "settings.json"), {"seed": run.seed, **dataclasses.asdict(settings)}
+    if os.path.exists(file):
+        with open(file) as f:
+            old = json.load(f)
+        for name, value in asked.items():
+            if old.get(name) != value:
+                raise DataError(f"{out} was begun with {name} = {old.get(name)}, now it is {value}; name another folder with --out")
+    write_atomic(file, json.dumps(asked))
     return run, settings, out, pick_device(args.device)
 
 
@@ -299,7 +308,7 @@ def evaluate_lm(model, queries, responses, batch=64):
     return total / count
 
 
-def train_lm(model, train, valid, settings, folder, seed, save_every=100, name="sft"):
+def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="sft"):
     """Train on rows (queries, responses); writes state.pt and metrics.jsonl while it goes, the model at its end."""
     s = settings
     queries, responses = train

@@ -2,7 +2,7 @@
 The embedded world: Reddit-style posts made from hidden facts, labelers who are programs, and a gold judge.
 
 Ziegler 2019, Stiennon 2020 and InstructGPT 2022 could never measure what they were after: the preference of people.
-Here it is a function. A post hides nine key facts (who did what, where, when, the feeling, the wish, the question)
+Here it is a function. A post hides seven key facts (who, what, where, when, the feeling, the wish, the question)
 among sentences about other people; a good summary states the facts and nothing else. So every claim of the papers can
 be checked against the truth, on a laptop, with no download.
 
@@ -136,6 +136,11 @@ def make_post(rng, id, listed=True):
 def is_filtered(tldr_tokens, lo=24, hi=48):
     """Stiennon's Appendix A: supervised training takes the TL;DRs of 24 to 48 tokens, others are mostly poor."""
     return lo <= tldr_tokens <= hi
+
+
+def in_task(post):
+    """Whether a post stands in one of the task's subreddits; every real post does."""
+    return "facts" not in post or post["subreddit"] in SUBREDDITS
 
 
 def make_posts(n, seed, split, listed=1.0):

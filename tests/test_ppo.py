@@ -413,3 +413,20 @@ def test_ppo_resumes_bit_for_bit(enc, tmp_path, monkeypatch):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert whole[1:] == halves[1:] and [row["step"] for row in whole[1]] == [0, 1, 2, 3]
     assert whole[1][0]["kl"] < 1e-3 < whole[1][3]["kl"]
+
+
+def test_check_sampler():
+    """Catches a sampler that reports another policy's log-probabilities, and a check that is blind to NaN."""
+    ppo.check_sampler(1e-5, torch.float32)
+    ppo.check_sampler(1e-3, torch.bfloat16)
+    for gap, dtype in ((1e-3, torch.float32), (1e-2, torch.bfloat16), (math.nan, torch.float32)):
+        with pytest.raises(DataError):
+            ppo.check_sampler(gap, dtype)
+
+
+@pytest.mark.parametrize("n", [8, 9, 15, 16, 23])
+def test_plan_lasts_for_every_iteration(n):
+    """Catches a plan that runs out when the number of posts is no multiple of the batch."""
+    from sft import batches
+    batch, iterations = 8, 7
+    assert len(batches(n, batch, -(-iterations // max(1, n // batch)), 0)) >= iterations
