@@ -254,7 +254,7 @@ def check_ratio(stats, dtype):
 
 def check_sampler(gap, dtype):
     """The sampler and the training forward are two programs for one policy; their log-probabilities differ by rounding only."""
-    if not gap <= (1e-4 if dtype == torch.float32 else 5e-3):
+    if not gap <= (1e-4 if dtype == torch.float32 else 3e-2):  # a wrong temperature or position gives 0.1 and more
         raise DataError(f"the sampler's log-probabilities are {gap:.2g} from the training forward's on average, above rounding: "
                         "the two disagree about the policy")
 
