@@ -312,6 +312,7 @@ def draw_ppo(folder, path):
         ax.plot([r["step"] for r in rows], [r[key] for r in rows], color=BLUE)
         ax.set(xlabel="iteration", title=label)
         ax.title.set_fontsize(9)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in list(axes.flat)[len(curves):]:
         ax.axis("off")
     last = axes.flat[len(curves) - 1]  # explained variance starts far below 0
