@@ -208,3 +208,19 @@ def test_every_preset_builds_and_validates():
         s = run.preset("tiny").ppo
         s.iterations = 0
         s.validate()
+
+
+def test_a_stage_alone_does_not_mix_settings(finished, tmp_path):
+    """A folder begun with another β is refused before anything is trained."""
+    (tmp_path / "alone").mkdir()
+    settings = json.loads((finished[0] / "config.json").read_text())["settings"]["ppo"]
+    (tmp_path / "alone" / "settings.json").write_text(json.dumps({"seed": 1, **settings}))
+    refused(script("ppo.py", finished[0], "--out", tmp_path / "alone", "--beta", "0.5", "--device", "cpu"), "beta", "0.5")
+    assert not (tmp_path / "alone" / "state.pt").exists()
+
+
+def test_ppo_takes_its_prompts_from_the_task(finished):
+    """Other subreddits are for pretraining only."""
+    import world
+    samples = [json.loads(line) for line in (finished[0] / "ppo" / "samples.jsonl").open()]
+    assert samples and all(any(f"r/{name}\n" in s["query"] for name in world.SUBREDDITS) for s in samples)
