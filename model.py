@@ -400,7 +400,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """For training from scratch. Two departures from GPT-2 make small models learn to copy in a third of the steps:
+        """For training from scratch. Two departures from GPT-2 make small models learn to copy much sooner:
         the scale is 1/√d (GPT-2's 0.02 is 0.55/√768, and far too small at d = 128), and positions start as sinusoids,
         so that "the token before" is a rotation to be learned once, not once per position."""
         c, std = self.config, 1 / math.sqrt(self.config.n_embd)
