@@ -283,13 +283,17 @@ class SampleLog:
                 f.write(json.dumps({"iteration": iteration, "query": query, "response": response, "score": score, "kl": kl}) + "\n")
 
 
+def prompt_plan(n, s, seed):
+    """Which of n queries each iteration takes: as many passes over them as the iterations need."""
+    return batches(n, s.batch, -(-s.iterations // max(1, n // s.batch)), seed)
+
+
 def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5):
     """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used."""
     policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
     value_model, reward_model = (load_model(os.path.join(folder_of_run, "reward"), device, "scalar") for _ in range(2))
     queries = [encode_query(enc, post, Q) for post in posts]
-    passes = -(-s.iterations // max(1, len(queries) // s.batch))  # as often over the queries as the iterations need
-    plan = batches(len(queries), s.batch, passes, seed)
+    plan = prompt_plan(len(queries), s, seed)
     controller = FixedKL(s.beta)
     optimizer, generator = make_optimizer([policy, value_model], s.lr, 0.0), torch.Generator().manual_seed(seed)
     start, more = load_state(folder, [policy, value_model], optimizer, generator)

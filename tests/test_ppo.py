@@ -427,6 +427,5 @@ def test_check_sampler():
 @pytest.mark.parametrize("n", [8, 9, 15, 16, 23])
 def test_plan_lasts_for_every_iteration(n):
     """Catches a plan that runs out when the number of posts is no multiple of the batch."""
-    from sft import batches
-    batch, iterations = 8, 7
-    assert len(batches(n, batch, -(-iterations // max(1, n // batch)), 0)) >= iterations
+    plan = ppo.prompt_plan(n, PPOSettings(batch=8, iterations=7), 0)
+    assert len(plan) >= 7 and all(len(rows) == 8 and max(rows) < n for rows in plan)
