@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -345,6 +346,42 @@ def attention(q, k, v):
 # ---------------------------------------------------------------------------------------------------------------------
 # the transformer
 
+def cuda_graph(step):
+    """The launches of step() as one graph: replaying costs the CPU microseconds where launching costs milliseconds. None,
+    with the reason printed, where it cannot be had; nothing has run then."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph
+    except RuntimeError as e:
+        print(f"sampler: no CUDA graph, each step is launched by itself ({str(e).splitlines()[0]})")
+        return None
+
+
+def logits(h, w, dtype):
+    """h wᵀ of h [N, d] and w [V, d] in float32, the factors in `dtype` where the device can do that. A result in bf16 would
+    be off by up to ¼: GPT-2's logits lie around -100, where bf16 has steps of ½."""
+    if h.is_cuda and dtype != torch.float32:
+        return torch.mm(h.to(dtype), w.to(dtype).T, out_dtype=torch.float32)
+    return F.linear(h, w)
+
+
+class Unembed(torch.autograd.Function):
+    """logits() with a gradient, whose products are in `dtype`: gradients of logits are small and bear the rounding."""
+
+    @staticmethod
+    def forward(ctx, h, w, dtype):
+        ctx.save_for_backward(h, w)
+        ctx.dtype = dtype
+        return logits(h, w, dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, w, g = (x.to(ctx.dtype) for x in (*ctx.saved_tensors, g))
+        return (g @ w).float(), (g.T @ h).float(), None
+
+
 class Block(nn.Module):
     """x + attention(LN(x)), then x + MLP(LN(x)): pre-LN, tanh GELU."""
 
@@ -358,16 +395,22 @@ class Block(nn.Module):
         self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
         self.mlp_proj = nn.Linear(4 * c.n_embd, c.n_embd)
 
-    def forward(self, x):  # [B, T, d]
-        B, T, d = x.shape
-        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, d))
+    def mlp(self, x):
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
 
+    def forward(self, x, at=None):
+        """x [B, T, d] -> [B, T, d], or [N, d] at the flat positions `at` [N] alone: the last block's answer is read at few."""
+        B, T, d = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        a = attention(q, k, v).transpose(1, 2).reshape(B, T, d)
+        if at is not None:
+            x, a = x.flatten(0, 1)[at], a.flatten(0, 1)[at]
+        return self.mlp(x + self.attn_proj(a))
 
-    def branch(self, x, y, visible):
+    def branch(self, x, y, visible, at=None):
         """The same block for n responses y [P, n, R, d] that share the query x [P, Q, d]: a response attends to the query,
-        as far as `visible` [P, Q] says, and causally to itself, but not to its siblings."""
+        as far as `visible` [P, Q] says, and causally to itself, but not to its siblings. -> x, y; or, as the last block,
+        None and y at one column of each response, at [P, n] -> [P, n, d]."""
         (P, n, R, d), Q, H, D = y.shape, x.shape[1], self.n_head, y.shape[-1] // self.n_head
         q, k, v = self.c_attn(self.ln_1(x)).view(P, Q, 3, H, D).permute(2, 0, 3, 1, 4)  # [P, H, Q, D]
         qy, ky, vy = self.c_attn(self.ln_1(y)).view(P, n, R, 3, H, D).permute(3, 0, 4, 1, 2, 5)  # [P, H, n, R, D]
@@ -378,9 +421,12 @@ class Block(nn.Module):
         to_self = qy @ ky.transpose(-1, -2) + future
         weights = torch.cat([to_query, to_self], -1).softmax(-1)
         mixed = (weights[..., :Q].reshape(P, H, n * R, Q) @ v).view(P, H, n, R, D) + weights[..., Q:] @ vy
-        y = y + self.attn_proj(mixed.permute(0, 2, 3, 1, 4).reshape(P, n, R, d))
+        mixed = mixed.permute(0, 2, 3, 1, 4).reshape(P, n, R, d)
+        if at is not None:
+            y, mixed = (z.gather(2, at[..., None, None].expand(-1, -1, 1, d)).squeeze(2) for z in (y, mixed))
+            return None, self.mlp(y + self.attn_proj(mixed))
         x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(P, Q, d))
-        return tuple(z + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(z)), approximate="tanh")) for z in (x, y))
+        return self.mlp(x), self.mlp(y + self.attn_proj(mixed))
 
 
 class GPT(nn.Module):
@@ -425,28 +471,36 @@ class GPT(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.amp_dtype)
 
-    def hidden(self, tokens):
-        """tokens [B, T] -> float32 hidden states after the final layer norm [B, T, d]."""
+    def hidden(self, tokens, rows=None, columns=None):
+        """tokens [B, T] -> float32 hidden states after the final layer norm [B, T, d]; at the positions (rows [N],
+        columns [N]) alone, which saves most of the last block, [N, d]."""
         T = tokens.shape[1]
         if T > self.config.n_positions:
             raise ValueError(f"rows of {T} tokens do not fit into {self.config.n_positions} positions")
         tokens = F.pad(tokens, (0, min(round_up(T, 16), self.config.n_positions) - T))
         with self.amp():
             x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
-            for block in self.blocks:
+            for block in self.blocks[:-1]:
                 x = block(x)
-        return self.ln_f(x[:, :T].float())
+            if rows is None:
+                return self.ln_f(self.blocks[-1](x)[:, :T].float())
+            at = rows * tokens.shape[1] + columns
+            x = self.blocks[-1](x, F.pad(at, (0, round_up(len(at), 128) - len(at))))[:len(at)]
+        return self.ln_f(x.float())
 
     def unembed(self, h):
         """h [..., d] -> float32 logits [..., V]; tied weights."""
         n = h.numel() // h.shape[-1]
-        with self.amp():
-            rows = F.pad(h.reshape(n, -1), (0, 0, 0, round_up(n, 128) - n))
-            return F.linear(rows, self.wte.weight)[:n].float().view(*h.shape[:-1], -1)
+        rows = F.pad(h.reshape(n, -1), (0, 0, 0, round_up(n, 128) - n))
+        return Unembed.apply(rows, self.wte.weight, self.amp_dtype)[:n].view(*h.shape[:-1], -1)
 
     def forward(self, tokens):
         """tokens [B, T] -> logits [B, T, V]; column i predicts token i + 1."""
         return self.unembed(self.hidden(tokens))
+
+    def chunks(self, rows):
+        """Rows cut into parts whose float32 logits take 128 MB at most: of 50,257 tokens, 667 rows."""
+        return rows.split(max(1, 2**25 // self.config.vocab_size))
 
     def response_hidden(self, tokens, query_lengths, lengths, R):
         """The hidden states that predict response tokens, and where they belong.
@@ -458,18 +512,26 @@ class GPT(nn.Module):
         mask = columns < lengths[:, None]
         rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(columns)[mask]
         columns = columns[mask]
-        return self.hidden(tokens)[rows, columns - 1], tokens[rows, columns], mask
+        return self.hidden(tokens, rows, columns - 1), tokens[rows, columns], mask
 
     def logprobs(self, tokens, query_lengths, lengths, R, temperature=1.0):
         """log π(y_t | x, y_<t) at the sampling temperature, [B, R], exactly 0 behind each row's end."""
         h, targets, mask = self.response_hidden(tokens, query_lengths, lengths, R)
-        logp = -F.cross_entropy(self.unembed(h) / temperature, targets, reduction="none")
+
+        def log_pi(h, targets):
+            return -F.cross_entropy(self.unembed(h) / temperature, targets, reduction="none")
+
+        parts = list(zip(self.chunks(h), self.chunks(targets)))
+        if len(parts) == 1:
+            logp = log_pi(h, targets)
+        else:  # the backward pass computes the logits of a chunk again instead of keeping those of all
+            logp = torch.cat([checkpoint(log_pi, *part, use_reentrant=False) for part in parts])
         return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logp)
 
     def scores(self, tokens, lengths):
         """Reward model: the scalar at each row's last token, which is its EOS (Stiennon: code, not text). -> [B]"""
         rows = torch.arange(len(tokens), device=tokens.device)
-        return self.score(self.hidden(tokens)[rows, lengths - 1]).squeeze(-1)
+        return self.score(self.hidden(tokens, rows, lengths - 1)).squeeze(-1)
 
     def branch_scores(self, queries, query_lengths, responses, lengths):
         """scores() of n responses to each query, the query read once: a third of the tokens where n is 5.
@@ -484,10 +546,10 @@ class GPT(nn.Module):
         with self.amp():
             x = self.wte(queries) + self.wpe(torch.arange(Q, device=queries.device).clamp(max=self.config.n_positions - 1))
             y = self.wte(responses) + self.wpe(position.clamp(max=self.config.n_positions - 1))[:, None]
-            for block in self.blocks:
+            for block in self.blocks[:-1]:
                 x, y = block.branch(x, y, visible)
-        last = (lengths - 1)[..., None, None].expand(-1, -1, 1, y.shape[-1])
-        return self.score(self.ln_f(y.gather(2, last).squeeze(2).float())).squeeze(-1)
+            _, y = self.blocks[-1].branch(x, y, visible, lengths - 1)
+        return self.score(self.ln_f(y.float())).squeeze(-1)
 
     def values(self, tokens, query_lengths, lengths, R):
         """Value model: V(s_t), read where y_t is predicted from. -> [B, R], 0 behind each row's end."""
@@ -498,105 +560,137 @@ class GPT(nn.Module):
     # the sampler
 
     @torch.no_grad()
-    def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, eos=None, generator=None, n=1):
+    def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, eos=None, generator=None, n=1, static=None):
         """Sample n responses to each ragged right-padded query.
 
         tokens [B, Q], lengths [B] -> tokens [B·n, Q+R] (query, response, zeros), lengths [B·n] (EOS included),
-        logprobs [B·n, R] at the given temperature. temperature 0 is argmax; eos None never stops. Each row's next token is
-        written at the row's own position of a preallocated key-value cache. All uniforms are drawn up front, so what
-        one row draws does not depend on when other rows finish. `generator` is a CPU generator on every device.
+        logprobs [B·n, R] at the given temperature. temperature 0 is argmax; eos None never stops. All uniforms are drawn up
+        front, so what one row draws does not depend on when other rows finish. `generator` is a CPU generator on every device.
+
+        The cache has two parts: keys and values of the queries, which all samples of a query read in one product, and those
+        of the responses, in which token t of every row stands in column t. `static` is for GPUs and on there: every step has
+        the same shapes and is replayed as one CUDA graph; otherwise rows that are done are dropped, as suits a CPU.
         """
         c, device, dtype = self.config, self.device, self.amp_dtype
         B, Q = tokens.shape
         R, H, D = max_new_tokens, c.n_head, c.n_embd // c.n_head
         if Q + R > c.n_positions:
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {c.n_positions} positions")
+        static = device.type == "cuda" if static is None else static
         layers = [[w.to(dtype) for w in (b.c_attn.weight, b.c_attn.bias, b.attn_proj.weight, b.attn_proj.bias,
                                          b.c_fc.weight, b.c_fc.bias, b.mlp_proj.weight, b.mlp_proj.bias)]
                   for b in self.blocks]
-        wte = self.wte.weight.to(dtype)
+        wte = self.wte.weight.to(dtype) if device.type == "cuda" else self.wte.weight
 
-        def step(x, attend):
-            """One pass through the blocks; x [..., d] in float32, attend(layer, q, k, v) does the attention."""
+        def through_blocks(x, attend, at=None):
+            """x [N, d] in float32; attend(layer, q, k, v) does the attention. The answer at the rows `at` alone."""
             for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.blocks, layers)):
-                qkv = F.linear(block.ln_1(x).to(dtype), w1, b1)
-                x = x + F.linear(attend(i, *qkv.chunk(3, -1)), w2, b2)
+                q, k, v = F.linear(block.ln_1(x).to(dtype), w1, b1).chunk(3, -1)
+                a = attend(i, q, k, v)
+                if at is not None and i == c.n_layer - 1:
+                    x, a = x[at], a[at]
+                x = x + F.linear(a, w2, b2)
                 h = F.gelu(F.linear(block.ln_2(x).to(dtype), w3, b3), approximate="tanh")
                 x = x + F.linear(h, w4, b4)
             return self.ln_f(x)
 
-        # 1. prefill: each unique query once, its keys and values copied to its n samples
-        # on a CPU the cache is float32: products with a slice of a bf16 cache copy the slice, which costs four times more
-        cache_dtype = torch.float32 if device.type == "cpu" else dtype
-        cache = torch.zeros(c.n_layer, 2, B * n, H, Q + R, D, dtype=cache_dtype, device=device)
-
-        def attend_prefill(i, q, k, v):
-            q, k, v = (a.view(B, -1, H, D).transpose(1, 2) for a in (q, k, v))
-            cache[i, 0, :, :, :Q] = k[:, :, :Q].repeat_interleave(n, 0).to(cache_dtype)
-            cache[i, 1, :, :, :Q] = v[:, :, :Q].repeat_interleave(n, 0).to(cache_dtype)
-            return attention(q, k, v).transpose(1, 2).reshape(B, -1, H * D)
-
+        # 1. prefill: each query once
         prompt = F.pad(tokens, (0, min(round_up(Q, 16), c.n_positions) - Q))
-        x = step(self.wte(prompt) + self.wpe.weight[:prompt.shape[1]], attend_prefill)
-        x = x[torch.arange(B, device=device), lengths - 1].repeat_interleave(n, 0)  # [B·n, d] predicts y_0
-        out = torch.zeros(B * n, Q + R, dtype=torch.long, device=device)
-        out[:, :Q] = torch.where(torch.arange(Q, device=device) < lengths[:, None], tokens, 0).repeat_interleave(n, 0)
-        start = lengths.repeat_interleave(n)
-        end = start + R
-        logprobs = torch.zeros(B * n, R, device=device)
-        uniform = torch.rand(B * n, R, generator=generator).to(device)
+        Q16 = prompt.shape[1]
+        cache_dtype = torch.float32 if device.type == "cpu" else dtype  # a CPU copies slices of bf16 before a product
+        past = torch.empty(c.n_layer, 2, B, H, Q16, D, dtype=cache_dtype, device=device)
 
-        # 2. one token per step; finished rows are dropped once a quarter of the work is theirs
-        row = torch.arange(B * n, device=device)  # where in the batch the rows in work stand
-        position = start.clone()  # the column that each row's next token takes
+        def attend_prompt(i, q, k, v):
+            q, k, v = (a.view(B, Q16, H, D).transpose(1, 2) for a in (q, k, v))
+            past[i, 0], past[i, 1] = k, v
+            return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
+
+        x = (self.wte(prompt) + self.wpe.weight[:Q16]).flatten(0, 1)
+        x = through_blocks(x, attend_prompt, torch.arange(B, device=device) * Q16 + lengths - 1)
+        x = x.repeat_interleave(n, 0)  # [B·n, d], from which y_0 is drawn
+
+        # 2. one token per step. The rows in work are m samples of each of P queries:
+        P, m = B, n
+        row = torch.arange(B * n, device=device)  # where in the batch they stand
         alive = torch.ones(B * n, dtype=torch.bool, device=device)
-        longest, columns = int(lengths.max()), torch.arange(Q + R, device=device)
-        for t in range(R):
-            logits = F.linear(x.to(dtype), wte).float()
+        position = lengths.repeat_interleave(n)  # of the token to come
+        t = torch.zeros(1, dtype=torch.long, device=device)  # its number; a tensor, so that a CUDA graph can count
+        keys = torch.zeros(c.n_layer, B * n, H, D, R, dtype=cache_dtype, device=device)
+        values = torch.zeros(c.n_layer, B * n, H, R, D, dtype=cache_dtype, device=device)
+        mask = torch.full((B, 1, 1, Q16 + R), float("-inf"), dtype=cache_dtype, device=device)  # added to the scores
+        mask[..., :Q16].masked_fill_((torch.arange(Q16, device=device) < lengths[:, None])[:, None, None], 0)
+        uniform = torch.rand(B * n, R, generator=generator).to(device)
+        sampled = torch.zeros(B * n, R, dtype=torch.long, device=device)
+        logprobs = torch.zeros(B * n, R, device=device)
+        token = torch.zeros(B * n, dtype=torch.long, device=device)
+
+        def choose():
+            """y_t of every row, from the hidden state before it."""
+            z = logits(x, wte, dtype)
             if temperature == 0:
-                token, logp = logits.argmax(-1), torch.zeros(len(row), device=device)  # greedy: all mass on one token
+                token.copy_(z.argmax(-1))  # greedy: all mass on one token, log-probability 0
             else:
-                logp_all = F.log_softmax(logits / temperature, -1)
-                cdf = logp_all.exp().cumsum(-1)  # inverse CDF: ten times cheaper on CPU than torch.multinomial
+                p = (z / temperature).softmax(-1)
+                cdf = p.cumsum(-1)  # inverse CDF: ten times cheaper on CPU than torch.multinomial
                 u = uniform[row, t, None] * cdf[:, -1:]
-                token = torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp_(max=c.vocab_size - 1)
-                logp = logp_all.gather(1, token[:, None]).squeeze(1)
-            out[row, position] = token
-            logprobs[row, t] = logp
-            if t == R - 1:
-                break
+                token.copy_(torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp_(max=c.vocab_size - 1))
+                logprobs[row, t] = p.gather(1, token[:, None]).squeeze(1).log()
+            sampled[row, t] = token
             if eos is not None:
-                alive &= token != eos
-                if device.type == "cpu" or t % 8 == 7:  # on a GPU asking means waiting for it
-                    left = int(alive.sum())
-                    if left == 0:
-                        break
-                    size = min(len(row), round_up(left, 32))
-                    if size <= 0.75 * len(row):  # the living first; a few finished ones fill up the size
-                        keep = alive.long().argsort(descending=True, stable=True)[:size]
-                        row, position, token, cache = row[keep], position[keep], token[keep], cache[:, :, keep]
-                        alive = alive[keep]
-            width, index = longest + t + 1, torch.arange(len(row), device=device)
-            visible = (columns[:width] <= position[:, None])[:, None, None]  # [b, 1, 1, width]
+                alive.logical_and_(token != eos)
 
-            def attend_step(i, q, k, v):
-                cache[i, 0, index, :, position] = k.view(-1, H, D).to(cache_dtype)
-                cache[i, 1, index, :, position] = v.view(-1, H, D).to(cache_dtype)
+        def read(width):
+            """Take y_t in: the hidden state before y_{t+1}. The response cache is read up to column `width`."""
+            def attend(i, q, k, v):
+                keys[i].index_copy_(3, t, k.view(-1, H, D, 1).to(cache_dtype))
+                values[i].index_copy_(2, t, v.view(-1, H, 1, D).to(cache_dtype))
                 q = q.view(-1, H, 1, D).to(cache_dtype) / math.sqrt(D)
-                scores = q @ cache[i, 0, :, :, :width].transpose(-1, -2)  # [b, H, 1, width]
-                weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-                return (weights @ cache[i, 1, :, :, :width]).view(-1, H * D).to(dtype)
+                to_query = q.view(P, m, H, D).transpose(1, 2) @ past[i, 0].transpose(-1, -2)  # [P, H, m, Q]
+                to_self = (q @ keys[i, ..., :width]).view(P, m, H, width).transpose(1, 2)  # [P, H, m, width]
+                weights = (torch.cat([to_query, to_self], -1) + mask[..., :Q16 + width]).softmax(-1)
+                from_query = (weights[..., :Q16] @ past[i, 1]).transpose(1, 2)  # [P, m, H, D]
+                from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, width) @ values[i, :, :, :width]
+                return (from_query.reshape(-1, H * D) + from_self.view(-1, H * D)).to(dtype)
 
-            x = step(self.wte(token) + self.wpe(position), attend_step)
-            position = position + 1
+            mask.index_fill_(3, Q16 + t, 0)
+            x.copy_(through_blocks(self.wte(token) + self.wpe(position), attend))
+            position.add_(1)
+            t.add_(1)
+
+        graph = None
+        for step in range(R):
+            if eos is not None and step and (not static or step % 8 == 0):  # on a GPU asking means waiting for it
+                living = alive.view(P, m)
+                if not living.any():
+                    break
+                if not static:  # m and P go down in steps: a bf16 library compiles kernels for each new shape
+                    m_left = min(m, round_up(int(living.sum(1).max()), 4))
+                    P_left = min(P, round_up(int(living.any(1).sum()), 8 if m % 4 == 0 else 32))
+                    if P_left * m_left <= 0.75 * P * m:  # the living first; a few finished ones fill up the sizes
+                        query = living.any(1).long().argsort(descending=True, stable=True)[:P_left]
+                        sample = living[query].long().argsort(dim=1, descending=True, stable=True)[:, :m_left]
+                        keep = (query[:, None] * m + sample).flatten()
+                        x, row, alive, position, token = x[keep], row[keep], alive[keep], position[keep], token[keep]
+                        keys, values, P, m = keys[:, keep], values[:, keep], P_left, m_left
+                        if len(query) < len(mask):
+                            past, mask = past[:, :, query], mask[query]
+            if static and device.type == "cuda" and step == 1:  # step 0 has warmed everything up
+                graph = cuda_graph(lambda: (choose(), read(R)))
+            if graph is not None:
+                graph.replay()
+                continue
+            choose()
+            if step < R - 1:
+                read(R if static else step + 1)
 
         # 3. a response ends with its first EOS; what was sampled behind it never happened
-        response = start[:, None] + torch.arange(R, device=device)
-        sampled = out.gather(1, response)
-        if eos is not None:
-            stopped = (sampled == eos).cumsum(1)
-            end = start + ((stopped == 0).sum(1) + 1).clamp(max=R)
-        return torch.where(columns < end[:, None], out, 0), end, torch.where(response < end[:, None], logprobs, 0.)
+        column = torch.arange(R, device=device)
+        stop = R if eos is None else (((sampled == eos).cumsum(1) == 0).sum(1, keepdim=True) + 1).clamp(max=R)
+        sampled, logprobs = torch.where(column < stop, sampled, 0), torch.where(column < stop, logprobs, 0)
+        query = torch.where(torch.arange(Q, device=device) < lengths[:, None], tokens, 0)
+        start = lengths.repeat_interleave(n)[:, None]
+        out = F.pad(query, (0, R)).repeat_interleave(n, 0).scatter_(1, start + column, sampled)
+        return out, (start + stop).flatten(), logprobs
 
     # -----------------------------------------------------------------------------------------------------------------
     # weights in and out: Hugging Face's GPT-2 layout

@@ -184,12 +184,14 @@ def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temp
 
     -> logprobs [B, R], ref_logprobs [B, R], mask [B, R], exact KL [B, R], entropy [B, R]"""
     h, targets, mask = policy.response_hidden(tokens, query_lengths, lengths, R)
-    logp = F.log_softmax(policy.unembed(h) / temperature, -1)  # [N, V]
     ref_h, _, _ = ref_policy.response_hidden(tokens, query_lengths, lengths, R)
-    ref_logp = F.log_softmax(ref_policy.unembed(ref_h) / temperature, -1)
-    p = logp.exp()
-    flat = [logp.gather(1, targets[:, None]).squeeze(1), ref_logp.gather(1, targets[:, None]).squeeze(1),
-            (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)]
+    parts = []
+    for rows in policy.chunks(torch.arange(len(h), device=h.device)):  # [n, V], never [N, V]
+        logp, ref_logp = (F.log_softmax(model.unembed(x[rows]) / temperature, -1) for model, x in ((policy, h), (ref_policy, ref_h)))
+        p, y = logp.exp(), targets[rows, None]
+        parts.append(torch.stack([logp.gather(1, y).squeeze(1), ref_logp.gather(1, y).squeeze(1),
+                                  (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)]))
+    flat = torch.cat(parts, 1)
     logprobs, ref_logprobs, kl, entropy = (torch.zeros(mask.shape, device=h.device).masked_scatter(mask, x) for x in flat)
     return logprobs, ref_logprobs, mask, kl, entropy
 

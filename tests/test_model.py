@@ -79,6 +79,55 @@ def test_values_see_the_state_and_not_the_action(g):
     torch.testing.assert_close(model.values(tokens, q, lengths, R), expected, atol=1e-5, rtol=0)
 
 
+def test_the_last_block_may_answer_at_few_positions(g):
+    """Catches a position read from another row or column, in values and in gradients."""
+    model, tokens = tiny_model(), torch.randint(11, (3, 9), generator=g)
+    rows, columns, weight = torch.tensor([2, 0, 1, 1]), torch.tensor([8, 0, 3, 7]), torch.randn(4, 32, generator=g)
+    gradients = []
+    for h in (model.hidden(tokens)[rows, columns], model.hidden(tokens, rows, columns)):
+        gradients.append([h.detach()] + list(torch.autograd.grad((h * weight).sum(), [p for n, p in model.named_parameters()])))
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_logprobs_in_chunks_are_those_of_all_rows(g, monkeypatch):
+    """Catches chunks in another order, a lost last chunk, and a recomputed backward that differs from the kept one."""
+    model = tiny_model()
+    tokens, q, lengths, R = padded(*random_rows(g))
+    weight, results = torch.randn(len(q), R, generator=g), []
+    for size in (1000, 4):
+        monkeypatch.setattr(model, "chunks", lambda rows: rows.split(size))
+        logp = model.logprobs(tokens, q, lengths, R, 0.7)
+        results.append([logp.detach()] + list(torch.autograd.grad((logp * weight).sum(), list(model.parameters()))))
+    assert (lengths - q).sum() > 8  # three chunks at least
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_no_chunk_of_logits_is_large():
+    """667 rows of GPT-2's vocabulary in float32 are 128 MB; rows keep their order and none is lost."""
+    model = tiny_model()
+    model.config.vocab_size = 50257
+    parts = model.chunks(torch.arange(3000))
+    assert max(len(part) for part in parts) * 50257 * 4 <= 2**27 and torch.equal(torch.cat(parts), torch.arange(3000))
+
+
+def test_logits_keep_float32_beside_bf16_matrix_products():
+    """Catches logits rounded to bf16: at GPT-2's offset of -100 they would come in steps of a half."""
+    model = tiny_model()
+    model.amp_dtype = torch.bfloat16
+    h = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)) * 20
+    h[:, 0] = 500
+    exact = h.double() @ model.wte.weight.double().T
+    assert exact.abs().max() > 60
+    error = (model.unembed(h) - exact).abs().max()
+    rounded = ((h @ model.wte.weight.T).bfloat16() - exact).abs().max()
+    assert error < 1e-3 < 0.05 < rounded
+    gradient, = torch.autograd.grad(model.unembed(h.requires_grad_()).logsumexp(-1).sum(), h)
+    expected, = torch.autograd.grad((h.double() @ model.wte.weight.double().T).logsumexp(-1).sum(), h)
+    torch.testing.assert_close(gradient, expected.float(), atol=2e-2, rtol=2e-2)
+
+
 def test_score_is_read_at_the_last_token(g):
     """Catches a score read one token before the end, where EOS is not seen, or from the last column."""
     model, (queries, responses) = tiny_model("scalar"), random_rows(g)
@@ -214,14 +263,17 @@ def test_generate_logprobs_are_the_models(g):
     assert (out[torch.arange(24), ends - 1][stopped] == 3).all() and 0 < stopped.sum() < 24
 
 
-def test_dropping_finished_rows_changes_nothing(g):
-    """Catches a cache, position or uniform that goes with another row once most of 160 rows have ended and left."""
-    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=40)
+@pytest.mark.parametrize("rows, n, static", [(160, 1, False), (40, 4, False), (20, 8, False), (20, 8, True)])
+def test_dropping_finished_rows_changes_nothing(g, rows, n, static):
+    """Catches a cache, mask, position or uniform that goes with another row once most of 160 rows have ended and left: by
+    query, by sample, by both; and a step of fixed shapes, as GPUs take it, that reads columns not written yet."""
+    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=rows)
     tokens, lengths = pad_rows(queries)
     (all_tokens, _, all_logprobs), (out, ends, logprobs) = (
-        model.generate(tokens, lengths, 16, 1.0, eos, torch.Generator().manual_seed(5), 4) for eos in (None, 3))
+        model.generate(tokens, lengths, 16, 1.0, eos, torch.Generator().manual_seed(5), n, static and eos == 3)
+        for eos in (None, 3))
     sizes = []
-    for b, start in enumerate(lengths.repeat_interleave(4).tolist()):
+    for b, start in enumerate(lengths.repeat_interleave(n).tolist()):
         sampled = all_tokens[b, start:start + 16].tolist()
         size = sampled.index(3) + 1 if 3 in sampled else 16
         assert ends[b] == start + size
