@@ -23,7 +23,7 @@ import world
 from data import DataError, decode_response, encode_query, encode_response, pad_rows, post_key, write_atomic
 from ppo import compare_policies, kl_estimates
 from reward import sample_responses, score_all, score_groups
-from sft import Parser, read_metrics, run_main
+from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
 
 POLICIES = ["reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"]
 
@@ -179,30 +179,35 @@ def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of
 
     -> one row per post: {"post": ..., "policies": {name: {"text", "length", "eos", "score", "kl"}}}"""
     queries, rows = [encode_query(enc, p, Q) for p in posts], [{"post": p, "policies": {}} for p in posts]
-    eos = enc.n_vocab - 1
 
     def add(name, responses, kls=None):
-        scores = score_all(reward_model, queries, responses).squeeze(1).tolist()
-        for i, response in enumerate(responses):
-            rows[i]["policies"][name] = {
-                "text": decode_response(enc, response), "length": len(response), "eos": response[-1] == eos,
-                "score": scores[i], "kl": None if kls is None else kls[i]}
+        for row, entry in zip(rows, entries(enc, reward_model, queries, responses, kls)):
+            row["policies"][name] = entry
 
     add("reference", [encode_response(enc, p["summary"], R) for p in posts])
     add("lead3", [encode_response(enc, lead3(p), reward_model.config.n_positions - Q) for p in posts])
     for name in ("pretrained", "sft", "ppo"):
-        greedy = sample_responses(models[name], queries, R, 0, generator)
-        if name == "sft":
-            kls = [0.0] * len(posts)
-        else:
-            samples = sample_responses(models[name], queries, R, temperature, generator)
-            kls = sampled_kl(models[name], models["sft"], queries, samples, temperature)
-        add(name, greedy, kls)
+        add(name, *greedy_and_kl(models[name], models["sft"], queries, R, temperature, generator))
     many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of)
     scores = score_all(reward_model, queries, many, best_of)
     add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
         [best_of_n_kl(best_of)] * len(posts))
     return rows
+
+
+def entries(enc, reward_model, queries, responses, kls=None):
+    """What is kept of each response: text, length, whether it ended, the reward model's score, KL."""
+    scores = score_all(reward_model, queries, responses).squeeze(1).tolist()
+    return [{"text": decode_response(enc, response), "length": len(response), "eos": response[-1] == enc.n_vocab - 1,
+             "score": score, "kl": None if kls is None else kls[i]} for i, (response, score) in enumerate(zip(responses, scores))]
+
+
+def greedy_and_kl(policy, sft, queries, R, temperature, generator):
+    """A policy's greedy responses, and the KL from SFT of one sample at the rollout temperature each."""
+    greedy = sample_responses(policy, queries, R, 0, generator)
+    if policy is sft:
+        return greedy, [0.0] * len(queries)
+    return greedy, sampled_kl(policy, sft, queries, sample_responses(policy, queries, R, temperature, generator), temperature)
 
 
 def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
@@ -352,6 +357,12 @@ def table_rows(policies):
     return header, rows
 
 
+def print_table(header, rows):
+    widths = [max(len(r[i]) for r in [header] + rows) for i in range(len(header))]
+    for row in [header] + rows:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+
+
 def report_text(settings, seconds, reward, policies, samples):
     """report.md"""
     header, rows = table_rows(policies)
@@ -386,11 +397,22 @@ def report_text(settings, seconds, reward, policies, samples):
     return "\n".join(out) + "\n"
 
 
+def read_samples(folder):
+    """What sample_policies left in a run's folder."""
+    path = os.path.join(folder, "evaluation", "samples.jsonl")
+    try:
+        with open(path) as f:
+            return [json.loads(line) for line in f]
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: `python run.py --out {folder}` has not finished") from None
+    except ValueError as e:
+        raise DataError(f"{path} is damaged ({e})") from None
+
+
 def write_report(folder, seconds=None, peak_rss_mb=None):
     """Measure what a run left, draw it, write report/, print the table. Time and memory stay what they were where not given."""
+    samples = read_samples(folder)
     try:
-        with open(os.path.join(folder, "evaluation", "samples.jsonl")) as f:
-            samples = [json.loads(line) for line in f]
         with open(os.path.join(folder, "reward", "held_out.jsonl")) as f:
             margins = [json.loads(line) for line in f]
         with open(os.path.join(folder, "config.json")) as f:
@@ -424,19 +446,37 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     header, rows = table_rows(policies)
     with open(os.path.join(report, "policies.csv"), "w", newline="") as f:
         csv.writer(f).writerows([header] + rows)
-    widths = [max(len(r[i]) for r in [header] + rows) for i in range(len(header))]
-    for row in [header] + rows:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    print_table(header, rows)
     print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; ceiling {show(reward['labeler_ceiling'])}; "
           f"longer wins {reward['longer_wins']:.1%}")
     memory = "" if peak_rss_mb is None else f", peak memory {peak_rss_mb:.0f} MB"
     print(f"{seconds['total']:.0f} s of stages{memory}; report in {os.path.join(report, 'report.md')}")
 
 
+def judge_policy(folder, policy_folder, device):
+    """The run's table with another policy in PPO's row: sampled, scored and judged on the run's held-out posts."""
+    run, device = open_run(folder), pick_device(device)
+    samples, temperature = read_samples(folder), run.config["settings"]["ppo"]["temperature"]
+    policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
+    reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
+    queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
+    responses, kls = greedy_and_kl(policy, sft, queries, run.R, temperature, generator)
+    for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls)):
+        row["policies"]["ppo"] = entry
+    print(f"the row of PPO is the policy in {policy_folder}")
+    print_table(*table_rows(measure_policies(samples)))
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a finished run")
-    write_report(parser.parse_args().run)
+    parser.add_argument("--policy", help="judge this policy, such as ppo.py leaves, in place of the run's own; the report stays as it is")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    args = parser.parse_args()
+    if args.policy is None:
+        write_report(args.run)
+    else:
+        judge_policy(args.run, args.policy, args.device)
 
 
 if __name__ == "__main__":

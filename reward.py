@@ -38,6 +38,8 @@ class RewardSettings:
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
+        check(self.warmup >= 0 and self.weight_decay >= 0, "warmup and weight_decay must not be negative")
+        check(0 <= self.final_lr <= 1, "final_lr must lie between 0 and 1")
 
 
 @dataclass

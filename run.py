@@ -82,7 +82,8 @@ class Settings:
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
-             "reward.batch": 4, "reward.lr": 1e-4, "ppo.iterations": 8, "data.test": 100, "evaluation.best_of": 4},
+             "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3,
+             "ppo.iterations": 8, "data.test": 100, "evaluation.best_of": 4},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
@@ -113,7 +114,7 @@ def split_posts(run):
         sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
                  "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
         surplus = {"sft", "valid", "test"}  # these will be filtered by length
-        return {name: world.make_posts(2 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0)
+        return {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0)
                 for name, n in sizes.items()}
     posts, skipped = load_posts(run.posts_file)
     print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
@@ -277,11 +278,12 @@ def run_stages(run):
             print(f"[{number}/{len(STAGES)}] {name}: done before, {path(run, result)}")
             continue
         print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
-        began = time.time()
-        stage(run)
-        worked = True
-        seconds[name] = seconds.get(name, 0.0) + time.time() - began
-        write_atomic(seconds_file, json.dumps(seconds))
+        began, worked = time.time(), True
+        try:
+            stage(run)
+        finally:  # an interrupted stage has cost its time too
+            seconds[name] = seconds.get(name, 0.0) + time.time() - began
+            write_atomic(seconds_file, json.dumps(seconds))
     return seconds, worked
 
 
@@ -307,6 +309,8 @@ def main():
     args = parser.parse_args()
     if (args.posts is None) != (args.comparisons is None):
         raise DataError("--posts and --comparisons go together: only the embedded world has labelers of its own")
+    if args.posts and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
+        raise DataError("--collect settings go with the labelers of the embedded world; with --comparisons people have labelled")
     for file in (args.posts, args.comparisons):
         if file and not os.path.isfile(file):
             raise DataError(f"{file} does not exist")

@@ -39,6 +39,8 @@ class SFTSettings:
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
+        check(self.warmup >= 0 and self.weight_decay >= 0, "warmup and weight_decay must not be negative")
+        check(0 <= self.final_lr <= 1 and 0 <= self.query_weight <= 1, "final_lr and query_weight must lie between 0 and 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,13 +173,13 @@ def true_or_false(text):
     return text.lower() == "true"
 
 
-def add_settings(parser, settings, prefix=""):
+def add_settings(parser, settings, prefix="", default=None):
     """One option per field of a settings object, --help from the trailing comments of its class."""
     comments = settings_help(type(settings))
     for field in dataclasses.fields(settings):
         parser.add_argument(f"--{prefix}{field.name}", type=true_or_false if field.type is bool else field.type, default=None,
                             metavar=field.type.__name__, help=f"{comments[field.name]} "
-                            f"(default {getattr(settings, field.name)})".replace("%", "%%"))
+                            f"(default {default or getattr(settings, field.name)})".replace("%", "%%"))
 
 
 def override(settings, args, prefix=""):
@@ -245,7 +247,7 @@ def alone(doc, stage, settings_class):
     parser.add_argument("--out", help=f"where the result goes (default RUN/{stage}-alone)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--seed", type=int, help="seed (default the run's)")
-    add_settings(parser, settings_class())
+    add_settings(parser, settings_class(), default="the run's")
     args = parser.parse_args()
     run = open_run(args.run)
     run.seed = run.config["seed"] if args.seed is None else args.seed
