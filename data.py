@@ -260,11 +260,10 @@ def save_vocabulary(enc, folder):
     symbols = ["".join(SYMBOLS[b] for b in token) for token in tokens]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols + [EOS])}
     merges = [" ".join(symbols[ranks[part]] for part in merge_of(ranks, token)) for token in tokens if len(token) > 1]
-    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOS, "eos_token": EOS, "unk_token": EOS, "add_prefix_space": False,
-              "clean_up_tokenization_spaces": False}
+    config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
     write_atomic(os.path.join(folder, "vocab.json"), json.dumps(vocabulary))
     write_atomic(os.path.join(folder, "merges.txt"), "#version: 0.2\n" + "".join(merge + "\n" for merge in merges))
-    write_atomic(os.path.join(folder, "tokenizer_config.json"), json.dumps(config, indent=1))
+    write_atomic(os.path.join(folder, "tokenizer_config.json"), json.dumps(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

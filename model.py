@@ -777,8 +777,6 @@ class GPT(nn.Module):
             if t.shape != p.shape:
                 raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, config.json says {tuple(p.shape)}")
             p.copy_(t)
-        if head == "scalar":
-            model.score.bias.zero_()
         return model
 
 

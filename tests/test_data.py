@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import unicodedata
 
 import pytest
 import tiktoken.load
@@ -199,10 +200,12 @@ def test_an_interrupted_download_goes_on(server, tmp_path, ranges):
     path = tmp_path / "f"
     refused(server.url + "/f", path, SHA, says=["broke off after 3,000 of 5,000 bytes"])
     assert not path.exists() and (tmp_path / "f.part").read_bytes() == BODY[:3000]
+    server.cut = 4000
+    refused(server.url + "/f", path, SHA, says=["broke off after 4,000 of 5,000 bytes"])
     server.cut = None
     data.download(server.url + "/f", path, SHA)
     assert path.read_bytes() == BODY and not (tmp_path / "f.part").exists()
-    assert server.asked[1] == ("f", "bytes=2999-")
+    assert [wanted for _, wanted in server.asked] == [None, "bytes=2999-", "bytes=3999-"]
 
 
 def test_parts_of_every_kind(server, tmp_path):
@@ -310,6 +313,7 @@ def test_gpt2_encoding_from_the_cache_and_from_a_folder(server, tmp_path, monkey
     ("encoder.json", lambda t: t[:-9]), ("encoder.json", lambda t: "[1]"), ("encoder.json", lambda t: t.replace('"he": 256', '"he": 300')),
     ("encoder.json", lambda t: t.replace('"he": 256', '"he": "x"')), ("vocab.bpe", lambda t: t.replace("l l\nhe ll", "he ll\nl l")),
     ("vocab.bpe", lambda t: t[:-5]), ("encoder.json", lambda t: t.replace('"<|endoftext|>"', '"end"')), ("vocab.bpe", None),
+    ("encoder.json", lambda t: t.replace('|>": 260', '|>": 300')), ("encoder.json", lambda t: t.replace('"ll": 257', '"ll": 256')),
     ("encoder.json", lambda t: t.replace('"!"', '"x!"')), ("encoder.json", None)])
 def test_a_damaged_vocabulary_is_one_sentence(tmp_path, file, change):
     texts = made_up_vocabulary()
@@ -324,10 +328,10 @@ def test_a_damaged_vocabulary_is_one_sentence(tmp_path, file, change):
 
 
 def random_texts(n, seed=0):
-    """Texts of letters that merge often, blanks, digits, signs, other scripts and unassigned characters."""
-    rng = random.Random(seed)
+    """Texts of letters that merge often, blanks, digits, signs, other scripts; all of Unicode 3.2, on which libraries agree."""
+    rng, any_char = random.Random(seed), [chr(i) for i in range(0xd800) if unicodedata.ucd_3_2_0.category(chr(i)) != "Cn"]
     pool = ["a", "b", "ab", "the", " the", "aa", " ", "  ", "\n", "\t", "'s", "12", "#", "##", "é", "你好", "😀", "\x00", "\u00a0", "\ufffd"]
-    return ["".join(rng.choice(pool) if rng.random() < .9 else chr(rng.randrange(0xd800)) for _ in range(rng.randrange(30))) for _ in range(n)]
+    return ["".join(rng.choice(pool) if rng.random() < .9 else rng.choice(any_char) for _ in range(rng.randrange(30))) for _ in range(n)]
 
 
 @pytest.mark.parametrize("kind", ["world", "random", "bytes only", "made up"])
@@ -340,14 +344,14 @@ def test_transformers_load_the_vocabulary_and_give_the_same_ids(tmp_path, kind, 
     enc = {"world": lambda: enc, "random": lambda: data.train_bpe(random_texts(3000), 1500), "bytes only": lambda: data.train_bpe([], 257),
            "made up": lambda: data.gpt2_encoding(str(tmp_path))}[kind]()
     data.save_vocabulary(enc, str(tmp_path / "saved"))
-    texts = random_texts(2000, 1) + [data.query_text(p) + " " + p["summary"] for p in world.make_posts(600, 7, "x")]
+    texts = random_texts(2000, 1) + [data.query_text(p) + " " + p["summary"] for p in world.make_posts(300, 7, "x")]
     merged = {i for text in texts for i in enc.encode_ordinary(text) if i > 255}
     assert len(merged) > {"world": 200, "random": 1000, "bytes only": -1, "made up": 0}[kind]
     for cls in (hf.AutoTokenizer, hf.GPT2TokenizerFast):
         theirs = cls.from_pretrained(tmp_path / "saved")
         assert theirs(texts)["input_ids"] == enc.encode_ordinary_batch(texts, num_threads=1)
         assert len(theirs) == enc.n_vocab and theirs.eos_token_id == enc.n_vocab - 1
-        assert [theirs.decode(ids) for ids in theirs(texts)["input_ids"]] == texts
+        assert [theirs.decode(ids) for ids in enc.encode_ordinary_batch(texts[:300], num_threads=1)] == texts[:300]
 
 
 def test_a_token_that_no_merge_makes_is_refused(tmp_path):
