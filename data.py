@@ -121,8 +121,9 @@ GPT2_FILES = {  # revision on the hub, sha256 of its files
     "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2", {
         "model.safetensors": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
         "config.json": "be48115d52314bc27327e160bf10197760db02ea689d10adb24db4102edf7a8a"})}
-# The hashes of weights are those that several public projects record for these revisions, of the vocabulary those that
-# tiktoken pins. OpenAI publishes none for its data: None means that only the length the server announces is checked.
+# Weights: the hashes that several public projects record for these revisions, not yet verified by a download of ours.
+# Configs: tests/test_model.py rebuilds the files. Vocabulary: tiktoken pins them. OpenAI's data: none is published, and
+# None means that the content is unverified; only the length that the server announces is checked.
 FILES = {  # path in the cache: (address, sha256 or None)
     **{f"{size}/{file}": (f"{HUB}/{size}/resolve/{revision}/{file}", sha256)
        for size, (revision, files) in GPT2_FILES.items() for file, sha256 in files.items()},
