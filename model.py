@@ -22,7 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from data import GPT2_FILES, fetch
 
 try:
     import triton
@@ -744,25 +747,62 @@ class GPT(nn.Module):
         os.replace(path + ".tmp", path)  # last: where it stands, the folder is whole
 
     @classmethod
+    @torch.no_grad()
     def from_pretrained(cls, folder, head="lm"):
-        """Load a folder in Hugging Face's GPT-2 layout. head="scalar" on a language model keeps the trunk and draws a
-        new scalar head (std 1/√(d+1)): how the reward model starts from the SFT model. Raises FileNotFoundError where
-        there is no model and ValueError, in one sentence, where its shapes are not what config.json says."""
-        with open(os.path.join(folder, "config.json")) as f:
-            c = json.load(f)
-        model = cls(GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
-                              c.get("eos_token_id", 50256)), head)
+        """Load a folder in Hugging Face's GPT-2 layout, in float32; tensors of other dtypes are converted, those that GPT-2
+        does not need (old causal masks, a copy of the tied head) ignored. "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl",
+        where no folder has that name, are OpenAI's weights, downloaded once (data.fetch).
+
+        head="scalar" on a language model keeps the trunk and draws a new scalar head (std 1/√(d+1)): how the reward model
+        starts from the SFT model. Raises FileNotFoundError where there is no model, ValueError, in one sentence, where
+        config.json is not a GPT-2's or the shapes are not what it says, and DataError where the download fails."""
+        if folder in GPT2_FILES and not os.path.isdir(folder):
+            fetch(f"{folder}/config.json")
+            folder = os.path.dirname(fetch(f"{folder}/model.safetensors"))
+        path = os.path.join(folder, "config.json")
+        with open(path) as f:
+            config = read_config(json.load(f), path)
+        with NoInit():
+            model = cls(config, head)
         path = os.path.join(folder, "model.safetensors")
-        tensors = load_file(path)
-        with torch.no_grad():
-            for p, name, transposed in model._hf_names():
-                t = tensors.get(name, tensors.get(name.removeprefix("transformer.")))  # OpenAI's upload has no prefix
-                if t is None and name == "score.weight":
-                    continue
-                if t is None:
-                    raise ValueError(f"{path} has no tensor {name}; is it a GPT-2 checkpoint?")
-                t = t.T if transposed else t
-                if t.shape != p.shape:
-                    raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, config.json says {tuple(p.shape)}")
-                p.copy_(t)
+        tensors = load_file(path)  # mapped, not read: a page can leave memory once it is copied
+        for p, name, transposed in model._hf_names():
+            t = tensors.get(name, tensors.get(name.removeprefix("transformer.")))  # OpenAI's upload has no prefix
+            if t is None and name == "score.weight":
+                p.normal_(std=1 / math.sqrt(config.n_embd + 1))
+                continue
+            if t is None:
+                raise ValueError(f"{path} has no tensor {name}; is it a GPT-2 checkpoint?")
+            t = t.T if transposed else t
+            if t.shape != p.shape:
+                raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, config.json says {tuple(p.shape)}")
+            p.copy_(t)
         return model
+
+
+class NoInit(TorchFunctionMode):
+    """Draws no initial weights, which a file will overwrite: seconds for a large model. (The meta device does it too, but
+    normal_ on it first imports 900 modules: a second, and 74 MB.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ not in ("normal_", "uniform_", "kaiming_uniform_"):
+            return function(*args, **(kwargs or {}))
+
+
+def read_config(c, path):
+    """GPTConfig from Hugging Face's config.json. Raises ValueError on a field that asks for another architecture."""
+    for field in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
+        if type(c.get(field)) is not int or c[field] < 1:
+            raise ValueError(f"{path}: {field} must be a whole number above 0, found {c.get(field)!r}")
+    for field, allowed in {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                           "layer_norm_epsilon": (1e-5,), "n_inner": (None, 4 * c["n_embd"]), "scale_attn_weights": (True,),
+                           "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+                           "tie_word_embeddings": (True,)}.items():  # absent means the first
+        if c.get(field, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: {field} is {c[field]!r}, but this GPT-2 has {' or '.join(map(repr, allowed))}")
+    if c["n_embd"] % c["n_head"]:
+        raise ValueError(f"{path}: n_embd {c['n_embd']} is not a multiple of n_head {c['n_head']}")
+    eos = c.get("eos_token_id", GPTConfig.eos)
+    if type(eos) is not int:
+        raise ValueError(f"{path}: eos_token_id must be one whole number, found {eos!r}")
+    return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], eos)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from data import DataError, decode_response, encode_query, pad_rows, write_atomic
+from data import DataError, decode_response, encode_query, pad_rows, save_vocabulary, write_atomic
 from sft import (MetricsLog, alone, batches, check, load_model, load_state, make_optimizer, run_main, save_state, set_lr)
 
 
@@ -326,6 +326,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
         if (iteration + 1) % save_every == 0 and iteration + 1 < s.iterations:
             save_state(folder, iteration + 1, [policy, value_model], optimizer, generator, beta=controller.beta)
     save_state(folder, s.iterations, [policy, value_model], optimizer, generator, beta=controller.beta)
+    for part in (folder, os.path.join(folder, "value")):
+        save_vocabulary(enc, part)
     value_model.save_pretrained(os.path.join(folder, "value"))
     policy.save_pretrained(folder)
 

@@ -24,7 +24,7 @@ import torch
 import evaluation
 import world
 from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
-                  save_encoding, save_json_lines, train_bpe, write_atomic)
+                  save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, train_ppo
 from reward import CollectSettings, RewardSettings, collect, labeler_agreement, split_comparisons, train_reward
@@ -155,6 +155,7 @@ def stage_pretrain(run):
     model = GPT(GPTConfig(run.enc.n_vocab, run.Q + max(run.R, 96), m.n_layer, m.n_head, m.n_embd, run.enc.n_vocab - 1))
     model = model.to(run.device)
     model.amp_dtype = choose_precision(run.device)[0]
+    save_vocabulary(run.enc, path(run, "pretrained"))
     loss = train_lm(model, encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.pretrain, path(run, "pretrained"),
                     run.seed, name="pretrain")
@@ -163,6 +164,7 @@ def stage_pretrain(run):
 
 def stage_sft(run):
     """Supervised fine-tuning on the filtered summaries."""
+    save_vocabulary(run.enc, path(run, "sft"))
     loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.sft, path(run, "sft"), run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token")
@@ -200,6 +202,7 @@ def stage_collect(run):
 def stage_reward(run):
     """The reward model, and how often it agrees with labelers on posts it has not seen."""
     torch.manual_seed(run.seed)
+    save_vocabulary(run.enc, path(run, "reward"))
     model = load_model(path(run, "sft"), run.device, "scalar")
     train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R)
     train_reward(model, train, encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R), run.settings.reward, path(run, "reward"),

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import DataError, encode_query, encode_response, load_encoding, load_posts, pad_rows, write_atomic
+from data import (DataError, encode_query, encode_response, load_encoding, load_posts, pad_rows, save_vocabulary,
+                  write_atomic)
 from model import GPT, choose_precision
 
 
@@ -264,6 +265,7 @@ def alone(doc, stage, settings_class):
             if old.get(name) != value:
                 raise DataError(f"{out} was begun with {name} = {old.get(name)}, now it is {value}; name another folder with --out")
     write_atomic(file, json.dumps(asked))
+    save_vocabulary(run.enc, out)
     return run, settings, out, pick_device(args.device)
 
 
@@ -271,6 +273,8 @@ def load_model(folder, device, head="lm"):
     """GPT.from_pretrained with the device's precision; a missing or unusable folder is one sentence."""
     try:
         model = GPT.from_pretrained(folder, head).to(device)
+    except DataError:  # its download failed
+        raise
     except FileNotFoundError:
         raise DataError(f"{folder} holds no model (model.safetensors and config.json)") from None
     except (ValueError, KeyError, OSError) as e:

@@ -1,7 +1,10 @@
 """What all tests share: the repository on the path, one thread, a tiny random model, a tiny tokenizer."""
+import http.server
 import os
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +42,39 @@ def random_rows(generator, n=5, vocab=10, query=(3, 9), response=(1, 7)):
 @pytest.fixture
 def g():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A web server on 127.0.0.1 in place of the public addresses, and an empty cache. files: name -> bytes; ranges: whether
+    it sends parts of files; length: whether it says how long they are; cut: the byte before which it hangs up; asked: (name,
+    Range) of every request."""
+    s = SimpleNamespace(files={}, ranges=True, length=True, cut=None, asked=[], cache=tmp_path / "cache")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name, wanted = self.path[1:], self.headers["Range"]
+            s.asked.append((name, wanted))
+            body, start = s.files.get(name), int(wanted.removeprefix("bytes=")[:-1]) if wanted and s.ranges else 0
+            if body is None or start >= len(body):
+                return self.send_error(404 if body is None else 416)
+            self.send_response(206 if start else 200)
+            if s.length:
+                self.send_header("Content-Length", len(body) - start)
+            self.end_headers()
+            self.wfile.write(body[start:s.cut])
+
+        def log_message(self, *args):
+            pass
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    s.url = f"http://127.0.0.1:{listener.server_port}"
+    for name, value in {"RLHF_MIRROR": s.url, "RLHF_CACHE": str(s.cache), "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    yield s
+    listener.shutdown()
+    listener.server_close()
 
 
 @pytest.fixture(scope="session")

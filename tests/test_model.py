@@ -1,15 +1,20 @@
 """model.py: causality and alignment, the transformer against a naive one, the sampler, weights in and out."""
+import hashlib
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import random_rows, tiny_model
 from safetensors.numpy import load_file
 
-from data import pad_rows
-from model import GPT, attention
+import data
+from data import DataError, pad_rows
+from model import GPT, attention, read_config
+from sft import load_model
 
 
 def padded(queries, responses):
@@ -401,3 +406,152 @@ def test_scalar_model_against_transformers(tmp_path, g):
     again.scores(tokens, torch.tensor([8])).sum().backward()
     for p, name, transposed in again._hf_names():
         torch.testing.assert_close(p.grad.T if transposed else p.grad, theirs.get_parameter(name).grad, atol=1e-4, rtol=0)
+
+
+def rewrite(folder, change, **config):
+    """Change the tensors ({name: tensor} -> the same) and config.json of a saved folder."""
+    file = folder / "model.safetensors"
+    safetensors.torch.save_file({k: v.contiguous() for k, v in change(safetensors.torch.load_file(file)).items()}, file)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_old_uploads_and_other_dtypes(tmp_path, dtype):
+    """Catches a need of the transformer. prefix, a trip over masks and a tied head in the file, weights left in their dtype."""
+    model = tiny_model("scalar")
+    model.save_pretrained(tmp_path)
+    extra = {"h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.0.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": torch.zeros(11, 32)}
+    rewrite(tmp_path, lambda tensors: {k.removeprefix("transformer."): v.to(dtype) for k, v in tensors.items()} | extra,
+            activation_function="gelu_pytorch_tanh", n_inner=128)
+    for head in ("lm", "scalar"):
+        again = GPT.from_pretrained(tmp_path, head)
+        trunk = [name for name, _ in model.named_parameters() if name not in ("ln_f.bias", "score.bias") and (head == "scalar" or "score" not in name)]
+        assert len(trunk) == len(list(again.parameters())) - (1 if head == "lm" else 2)
+        for name in trunk:
+            assert torch.equal(again.get_parameter(name), model.get_parameter(name).to(dtype).float()), name
+        assert {p.dtype for p in again.parameters()} == {torch.float32} and all(p.requires_grad for p in again.parameters())
+
+
+def test_loading_draws_the_new_head_and_nothing_else(tmp_path):
+    """Catches time spent on initial weights that are overwritten, and a head that is left as the memory was."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    GPT.from_pretrained(tmp_path)
+    scalar = GPT.from_pretrained(tmp_path, "scalar")
+    torch.manual_seed(5)
+    assert torch.equal(scalar.score.weight, torch.empty(1, 32).normal_(std=1 / math.sqrt(33)))
+    scalar.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    assert torch.equal(GPT.from_pretrained(tmp_path, "scalar").score.weight, scalar.score.weight)
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(5).get_state())
+
+
+@pytest.mark.parametrize("field, value", [
+    ("model_type", "llama"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 64), ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True), ("tie_word_embeddings", False), ("n_layer", 0), ("n_embd", "32"),
+    ("vocab_size", None), ("n_head", 5), ("n_positions", 40.0), ("eos_token_id", [1, 2]), ("eos_token_id", None)])
+def test_another_architecture_is_refused_by_field(tmp_path, field, value):
+    """Catches a checkpoint that loads and computes something else."""
+    tiny_model().save_pretrained(tmp_path)
+    rewrite(tmp_path, dict, **{field: value})
+    with pytest.raises(ValueError) as e:
+        GPT.from_pretrained(tmp_path)
+    assert field in str(e.value) and str(tmp_path / "config.json") in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(DataError, match=field):
+        load_model(tmp_path, "cpu")
+
+
+HUB_CONFIG = """{
+  "activation_function": "gelu_new",
+  "architectures": [
+    "GPT2LMHeadModel"
+  ],
+  "attn_pdrop": 0.1,
+  "bos_token_id": 50256,
+  "embd_pdrop": 0.1,
+  "eos_token_id": 50256,
+  "initializer_range": 0.02,
+  "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2",
+  "n_ctx": 1024,
+  "n_embd": %d,
+  "n_head": %d,
+  "n_layer": %d,
+  "n_positions": 1024,%s
+  "resid_pdrop": 0.1,
+  "summary_activation": null,
+  "summary_first_dropout": 0.1,
+  "summary_proj_to_labels": true,
+  "summary_type": "cls_index",
+  "summary_use_proj": true,
+  "task_specific_params": {
+    "text-generation": {
+      "do_sample": true,
+      "max_length": 50
+    }
+  },
+  "vocab_size": 50257
+}"""
+
+
+@pytest.mark.parametrize("name, layers, heads, width, more", [
+    ("gpt2", 12, 12, 768, ""), ("gpt2-medium", 24, 16, 1024, '\n  "n_special": 0,\n  "predict_special_tokens": true,'),
+    ("gpt2-large", 36, 20, 1280, ""), ("gpt2-xl", 48, 25, 1600, '\n  "output_past": true,')])
+def test_openais_own_configs(name, layers, heads, width, more):
+    """The hub's config.json to the byte, as its hash tells, is one that we take."""
+    text = HUB_CONFIG % (width, heads, layers, more)
+    assert hashlib.sha256(text.encode()).hexdigest() == data.FILES[f"{name}/config.json"][1]
+    config = read_config(json.loads(text), "config.json")
+    assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (layers, heads, width, 1024)
+    assert (config.vocab_size, config.eos) == (50257, 50256)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_weights_by_name_are_downloaded_once(server, tmp_path, monkeypatch, name):
+    """Catches a wrong address, a second download, a folder of that name passed over, and an unclear word without network."""
+    monkeypatch.chdir(tmp_path)
+    small = tiny_model()
+    small.save_pretrained(tmp_path / "there")
+    for file in ("config.json", "model.safetensors"):
+        content = (tmp_path / "there" / file).read_bytes()
+        server.files[f"{name}/{file}"] = content
+        monkeypatch.setitem(data.FILES, f"{name}/{file}", ("https://127.0.0.1:1/" + file, hashlib.sha256(content).hexdigest()))
+    for head in ("lm", "scalar", "lm"):
+        model = GPT.from_pretrained(name, head)
+        assert all(torch.equal(p, model.state_dict()[key]) for key, p in small.state_dict().items())
+    assert [file for file, _ in server.asked] == [f"{name}/config.json", f"{name}/model.safetensors"]
+    os.remove(server.cache / name / "model.safetensors")
+    monkeypatch.setenv("RLHF_MIRROR", "http://127.0.0.1:1")
+    for load in (GPT.from_pretrained, lambda name: load_model(name, "cpu")):
+        with pytest.raises(DataError) as e:
+            load(name)
+        assert str(e.value).startswith(f"http://127.0.0.1:1/{name}/model.safetensors cannot be fetched")
+        assert str(e.value).endswith(f"put it at {server.cache}/{name}/model.safetensors") and "\n" not in str(e.value)
+    (tmp_path / "there").rename(tmp_path / name)
+    assert GPT.from_pretrained(name).config == small.config
+    with pytest.raises(FileNotFoundError):
+        GPT.from_pretrained("gpt2-huge")
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_transformers_saves(tmp_path, g, kind, dtype):
+    """Catches a layout, prefix or dtype of transformers' own that we read wrongly; its random weights, its numbers."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = hf.GPT2Config(vocab_size=11, n_positions=40, n_layer=2, n_head=2, n_embd=32, num_labels=1, initializer_range=0.3,
+                           eos_token_id=10, bos_token_id=10)
+    theirs, tokens = getattr(hf, kind)(config).to(dtype), torch.randint(11, (1, 8), generator=g)
+    theirs.save_pretrained(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {dtype} and any(k.startswith("transformer.") for k in stored) == (kind != "GPT2Model")
+    theirs = theirs.float().eval()
+    with torch.no_grad():
+        if kind == "GPT2ForSequenceClassification":
+            ours = GPT.from_pretrained(tmp_path, "scalar")
+            torch.testing.assert_close(ours.scores(tokens, torch.tensor([8])), theirs(tokens).logits[:, 0], atol=1e-4, rtol=0)
+        else:
+            h = (theirs if kind == "GPT2Model" else theirs.transformer)(tokens).last_hidden_state
+            for head in ("lm", "scalar"):
+                torch.testing.assert_close(GPT.from_pretrained(tmp_path, head).hidden(tokens), h, atol=1e-4, rtol=0)

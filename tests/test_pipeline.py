@@ -61,6 +61,18 @@ def test_ppo_starts_at_the_reference(finished):
     assert abs(first["kl"]) < 1e-3 and abs(first["kl_k1"]) < 1e-3 and first["first_log_ratio"] < 5e-2
 
 
+def test_every_model_has_its_vocabulary(finished):
+    """Catches a model folder that transformers loads and cannot read texts for."""
+    hf = pytest.importorskip("transformers")
+    from sft import open_run
+    enc, folders = open_run(str(finished[0])).enc, sorted(file.parent for file in finished[0].rglob("model.safetensors"))
+    assert [str(f.relative_to(finished[0])) for f in folders] == ["ppo", "ppo/value", "pretrained", "reward", "sft"]
+    for folder in folders:
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer("my cat ran away.")["input_ids"] == enc.encode_ordinary("my cat ran away.")
+        assert tokenizer.eos_token_id == enc.n_vocab - 1 == hf.AutoConfig.from_pretrained(folder).eos_token_id
+
+
 def test_same_command_again_repeats_nothing(finished):
     out, _ = finished
     before = {f: (out / f).stat().st_mtime_ns for _, f, _ in run.STAGES}
@@ -124,6 +136,7 @@ def test_each_script_runs_alone(finished, tmp_path, name):
     done = script(f"{name}.py", finished[0], "--out", tmp_path / "alone", "--device", "cpu", "--lr", "1e-4")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "alone" / "model.safetensors").exists() and str(tmp_path / "alone") in done.stdout
+    assert (tmp_path / "alone" / "merges.txt").read_text() == (finished[0] / "sft" / "merges.txt").read_text()
     refused(script(f"{name}.py", finished[0], "--out", tmp_path / "alone", "--device", "cpu"), "already holds")
 
 
