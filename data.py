@@ -1,21 +1,30 @@
 """
-What goes in and out: encodings, downloads, posts and their queries, comparison files.
+What goes in and out: encodings, downloads, the tasks with their files and query formats, token storage.
 
 References: Sennrich et al. 2016 (BPE); Stiennon 2020 appendices A and B and openai/summarize-from-feedback (query
-format, truncation, comparison files).
+formats, truncation, filter, comparison files); Ziegler 2019 and openai/lm-human-preferences (excerpts, 4-way labels).
 
     enc = train_bpe(texts, vocab_size=1024)       # a tiktoken.Encoding, trained in about a second
     posts = load_posts("posts.jsonl")             # dicts: id, subreddit, title, post, summary
     query = encode_query(enc, posts[0], Q=512)    # token ids of "SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:"
 """
+import array
+import csv
+import gzip
 import hashlib
 import http.client
+import itertools
 import json
 import os
+import random
+import re
 import urllib.error
 import urllib.request
-from collections import Counter, defaultdict
+import zlib
+from collections import Counter, defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import regex
 import tiktoken
 import torch
@@ -268,27 +277,75 @@ def save_vocabulary(enc, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# posts and comparisons: JSON lines in OpenAI's formats
+# tasks: what a query looks like, and how long it and its response may be
 
-def _json_lines(path):
-    """Yield (line number, object) for each line that is not blank."""
+# query: its text, of which only {post} is ever cut; lead: what stands before a reference; Q, R: most tokens of query and
+# response; stop: the token that ends a response, from index `earliest` on
+Task = namedtuple("Task", "query lead Q R stop earliest")
+TASKS = {
+    "tldr": Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # Stiennon
+    "cnndm": Task("Article:\n{post}\n\nTL;DR:\n", "", 1919, 128, EOS, 0),  # Stiennon's supervised model
+    "cnndm-transfer": Task("{post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # articles for a model that was trained on tldr
+    "sentiment": Task("{post}", "", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book
+    "descriptiveness": Task("{post}", "", 64, 24, ".", 16),
+}
+LABEL_PAD = 50259  # what fills the arrays of Ziegler's label files, two beyond GPT-2's vocabulary
+MAX_TEXT = 200_000  # characters of one text; tiktoken fails on a million blanks in a row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading files: lines, JSON lines, CSV; what cannot be used is one sentence with file and line
+
+def _lines(path):
+    """Yield (number, line) of a text file in UTF-8, plain or gzipped, with or without a byte order mark."""
+    number = 0
     try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError):
-                        raise DataError(f"{path}:{number}: this line is not JSON; each line must be one object") from None
-                    if not isinstance(row, dict):
-                        raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                    yield number, row
+        with open(path, "rb") as f:
+            for number, line in enumerate(gzip.open(f) if f.peek(2)[:2] == b"\x1f\x8b" else f, 1):
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if "\0" in line:
+                    raise DataError(f"{path}:{number}: this line holds a zero byte; the file is not text")
+                yield number, line
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text") from None
+        raise DataError(f"{path}:{number}: this line is not UTF-8 text; convert the file to UTF-8") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise DataError(f"{path}:{number + 1}: the gzip file is cut short or damaged from this line on; fetch it again") from None
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def read_rows(path):
+    """Yield ("file:line", dict) for each row of a .csv file with a header, else for each line of JSON that is not blank."""
+    if str(path).removesuffix(".gz").endswith(".csv"):
+        yield from _csv_rows(path)
+        return
+    for number, line in _lines(path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise DataError(f"{path}:{number}: this line is not JSON; each line must be one object") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield f"{path}:{number}", row
+
+
+def _csv_rows(path):
+    csv.field_size_limit(MAX_TEXT)
+    table, header, number = csv.reader((line for _, line in _lines(path)), strict=True), None, 1
+    try:
+        for row in table:
+            if header is None:
+                header = row
+            elif row and len(row) != len(header):
+                raise DataError(f"{path}:{number}: {len(row)} fields under a header of {len(header)}")
+            elif row:
+                yield f"{path}:{number}", dict(zip(header, row))
+            number = table.line_num + 1
+    except csv.Error as e:
+        raise DataError(f"{path}:{number}: the row that begins here is not CSV ({e})") from None
 
 
 def _text(row, key, at):
@@ -296,60 +353,178 @@ def _text(row, key, at):
         raise DataError(f"{at}: the field '{key}' is missing")
     if not isinstance(row[key], str):
         raise DataError(f"{at}: the field '{key}' must be text, found {type(row[key]).__name__}")
+    if len(row[key]) > MAX_TEXT:
+        raise DataError(f"{at}: the field '{key}' has {len(row[key]):,} characters; at most {MAX_TEXT:,} are read")
     return row[key].encode("utf-8", "replace").decode("utf-8")  # JSON may smuggle in half a surrogate pair
 
 
-def load_posts(path):
-    """Posts in the format of OpenAI's filtered TL;DR: id, subreddit, title, post, summary on each line.
-
-    Returns (posts, skipped): skipped counts the rows whose post or summary is empty. Other fields are kept. Raises
-    DataError with file and line for anything that cannot be used."""
-    posts, skipped = [], 0
-    for number, row in _json_lines(path):
-        at = f"{path}:{number}"
-        for key in ("subreddit", "title", "post", "summary"):
-            row[key] = _text(row, key, at)
-        row.setdefault("id", f"line-{number}")
-        if row["post"].strip() and row["summary"].strip():
-            posts.append(row)
-        else:
-            skipped += 1
-    if not posts:
-        raise DataError(f"{path} has no usable post ({skipped} rows with an empty post or summary)")
-    return posts, skipped
+def _label(row, key, at):
+    """An id, a worker, a batch: text or a whole number, made text; None where there is none."""
+    if row.get(key) is None:
+        return None
+    return str(row[key]) if type(row[key]) is int else _text(row, key, at)
 
 
-def load_comparisons(path):
-    """Comparisons in OpenAI's format: info{id, subreddit, title, post}, summaries[2]{text, policy}, choice, and, where
-    known, worker, batch, split, extra{confidence}.
+def _usable(path, rows, what):
+    """(at, row or None for one that is legal but of no use) -> (rows, how many were of no use); DataError if none is left."""
+    rows = [row for _, row in rows]
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise DataError(f"{path} has no usable {what} ({len(rows)} rows with an empty text or nothing to choose)")
+    return kept, len(rows) - len(kept)
 
-    Returns (comparisons, skipped): skipped counts the rows with an empty post or summary. Raises DataError."""
-    comparisons, skipped = [], 0
-    for number, row in _json_lines(path):
-        at = f"{path}:{number}"
-        info, summaries = row.get("info"), row.get("summaries")
-        if not isinstance(info, dict):
-            raise DataError(f"{at}: the field 'info' is missing or not an object")
-        for key in ("subreddit", "title", "post"):
-            info[key] = _text(info, key, f"{at}: info")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# posts, comparisons and evaluations in the formats of OpenAI and of CNN/DailyMail
+
+def _post(row, task, at):
+    """Check what a query is made of, in place, and give it the names of a post: an article is one too."""
+    if row.get("article") is not None and row.get("post") is None:  # its beginning is cleaned as OpenAI does
+        row["post"] = re.sub(r"\A.{0,95}\(CNN\)\s*(--\s*)?", "", _text(row, "article", at))
+        del row["article"]
+    task = _label(row, "task", at) or task
+    if task not in TASKS:
+        raise DataError(f"{at}: the task must be one of {', '.join(TASKS)}, found {task!r:.60}")
+    if task != "tldr":
+        row["task"] = task
+    for key in ("subreddit", "title", "post"):
+        row[key] = _text(row, key, at) if f"{{{key}}}" in TASKS[task].query or row.get(key) is not None else ""
+    row["subreddit"] = row["subreddit"].removeprefix("r/")  # as in edit_b2_eval_test; the format brings its own
+
+
+def posts_of(path, task="tldr", need_summary=True):
+    """Yield (file:line, post) of each row, see load_posts; None stands for a row of no use."""
+    for at, row in read_rows(path):
+        _post(row, task, at)
+        row["id"] = _label(row, "id", at) or f"line-{at.rpartition(':')[2]}"
+        if row.get("highlights") is not None and row.get("summary") is None:  # one a line; OpenAI joins them by blanks
+            row["summary"] = " ".join(_text(row, "highlights", at).split())
+            del row["highlights"]
+        row["summary"] = _text(row, "summary", at) if need_summary or row.get("summary") is not None else ""
+        yield at, row if row["post"].strip() and (row["summary"].strip() or not need_summary) else None
+
+
+def load_posts(path, task="tldr", need_summary=True):
+    """Posts in the format of OpenAI's filtered TL;DR: id, subreddit, title, post, summary on each line; or articles, as JSON
+    lines or CSV, with id, article, highlights (task "cnndm" or "cnndm-transfer"). need_summary=False: prompts for PPO.
+
+    Returns (posts, skipped): skipped counts the rows whose post or needed summary is empty. An article becomes `post`, its
+    highlights `summary`; a post of another task than tldr names it in `task`. Other fields are kept. Raises DataError with
+    file and line for anything that cannot be used."""
+    return _usable(path, posts_of(path, task, need_summary), "post")
+
+
+def _judged(row, task, at):
+    """Check, in place, what comparisons and evaluations share -> whether their post has a text."""
+    info = row.get("info")
+    if not isinstance(info, dict):
+        raise DataError(f"{at}: the field 'info' is missing or not an object")
+    _post(info, "tldr" if info.get("article") is None else task, f"{at}: info")  # Hugging Face's copy has both fields, one null
+    info["id"] = _label(info, "id", f"{at}: info")
+    for key in ("worker", "batch", "split"):
+        row[key] = _label(row, key, at)
+    return bool(info["post"].strip())
+
+
+def comparisons_of(path, task="cnndm-transfer"):
+    """Yield (file:line, comparison) of each row, see load_comparisons; None stands for a row of no use."""
+    for at, row in read_rows(path):
+        usable, summaries = _judged(row, task, at), row.get("summaries")
         if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
             raise DataError(f"{at}: 'summaries' must be a list of two objects")
         for i, s in enumerate(summaries):
-            s["text"] = _text(s, "text", f"{at}: summaries[{i}]")
-        if type(row.get("choice")) is not int or row["choice"] not in (0, 1):
-            raise DataError(f"{at}: 'choice' must be 0 or 1, the index of the preferred summary, found {row.get('choice')!r}")
+            s["text"], s["policy"] = _text(s, "text", f"{at}: summaries[{i}]"), _label(s, "policy", f"{at}: summaries[{i}]")
+        tie = "choice" in row and row["choice"] is None
+        if not tie and (type(row.get("choice")) is not int or row["choice"] not in (0, 1)):
+            raise DataError(f"{at}: 'choice' must be 0 or 1, the index of the preferred summary, or null for a tie, "
+                            f"found {row.get('choice', 'none')!r:.60}")
         extra = row.get("extra") or {}
         confidence = extra.get("confidence") if isinstance(extra, dict) else None
-        if confidence is not None and type(confidence) not in (int, float):
-            raise DataError(f"{at}: 'extra.confidence' must be a number, found {confidence!r}")
+        if confidence is not None and (type(confidence) not in (int, float) or not abs(confidence) < 1000):
+            raise DataError(f"{at}: 'extra.confidence' must be a number, found {confidence!r:.60}")
         row["extra"] = {"confidence": confidence}
-        if info["post"].strip() and all(s["text"].strip() for s in summaries):
-            comparisons.append(row)
-        else:
-            skipped += 1
-    if not comparisons:
-        raise DataError(f"{path} has no usable comparison ({skipped} rows with an empty post or summary)")
-    return comparisons, skipped
+        a, b = (s["text"].strip() for s in summaries)
+        yield at, row if usable and not tie and a and b and a != b else None
+
+
+def load_comparisons(path, task="cnndm-transfer"):
+    """Comparisons in OpenAI's format: info{id, subreddit, title, post}, summaries[2]{text, policy}, choice, and, where
+    known, worker, batch, split, extra{confidence}. Where info{id, site, title, article} is of CNN/DM, `task` is its format.
+
+    Returns (comparisons, skipped): skipped counts ties (no choice, or twice the same text) and rows with an empty post or
+    summary. Raises DataError."""
+    return _usable(path, comparisons_of(path, task), "comparison")
+
+
+def load_axis(path, task="cnndm-transfer"):
+    """Likert evaluations in OpenAI's axis_evals format: info as in a comparison, summary{text, policy, axes{overall, accuracy,
+    coverage, coherence: 1 to 7; compatible: true or false}}, worker, batch, split; a null is an axis without an answer.
+
+    Returns (evaluations, skipped): skipped counts the rows with an empty post or summary, or without any answer."""
+    def rows():
+        for at, row in read_rows(path):
+            usable, summary = _judged(row, task, at), row.get("summary")
+            if not isinstance(summary, dict) or not isinstance(summary.get("axes"), dict):
+                raise DataError(f"{at}: 'summary', and in it 'axes', must be objects")
+            summary["text"] = _text(summary, "text", f"{at}: summary")
+            summary["policy"] = _label(summary, "policy", f"{at}: summary")
+            axes = summary["axes"] = {axis: answer for axis, answer in summary["axes"].items() if answer is not None}
+            for axis, answer in axes.items():
+                if not (type(answer) is bool if axis == "compatible" else type(answer) is int and 1 <= answer <= 7):
+                    raise DataError(f"{at}: the axis {axis!r:.60} must be a whole number from 1 to 7, or true or false for "
+                                    f"'compatible', found {answer!r:.60}")
+            yield at, row if usable and axes and summary["text"].strip() else None
+    return _usable(path, rows(), "evaluation")
+
+
+def load_labels(path, vocab=50257):
+    """Ziegler's 4-way labels: a JSON array of {query, sample0..3: token ids filled up with LABEL_PAD, best: 0 to 3}.
+
+    Returns (labels, skipped): dicts query [ids], samples [[ids] * 4], best, all without PAD, which his model neither sees nor
+    counts as a position; skipped counts the labels where a query or sample is empty. Raises DataError."""
+    text, decode = "".join(line for _, line in _lines(path)), json.JSONDecoder().raw_decode
+    at = text.find("[") + 1
+    if text[:at].strip() != "[":
+        raise DataError(f"{path}:1: expected a JSON array of labels")
+
+    def rows(at):
+        seen, line = 0, 1
+        for n in itertools.count():
+            at = re.compile(r"[\s,]*").match(text, at).end()
+            line, seen = line + text.count("\n", seen, at), at
+            where = f"{path}:{line}: label {n}"
+            if text[at:at + 1] == "]":
+                return
+            try:
+                row, at = decode(text, at)
+                lists, best = [row[key] for key in ("query", "sample0", "sample1", "sample2", "sample3")], row["best"]
+            except (ValueError, RecursionError):
+                raise DataError(f"{where}: not JSON, or the file is cut short") from None
+            except (KeyError, TypeError):
+                raise DataError(f"{where}: expected an object with query, sample0 to sample3, and best") from None
+            for ids in lists:
+                if not isinstance(ids, list) or not all(type(i) is int and (0 <= i < vocab or i == LABEL_PAD) for i in ids):
+                    raise DataError(f"{where}: a query or sample must be a list of token ids below {vocab}, or {LABEL_PAD}")
+            if type(best) is not int or not 0 <= best < 4:
+                raise DataError(f"{where}: 'best' must be 0, 1, 2 or 3, found {best!r:.60}")
+            query, *samples = ([i for i in ids if i != LABEL_PAD] for ids in lists)
+            yield where, {"query": query, "samples": samples, "best": best} if query and all(samples) else None
+    return _usable(path, rows(at), "label")
+
+
+def load_sst2(path):
+    """SST-2: a sentence, a tab, 0 (negative) or 1 on each line; GLUE's header may stand above. -> ([{text, label}], skipped)"""
+    def rows():
+        for number, line in _lines(path):
+            text, tab, label = line.strip("\r\n").rpartition("\t")
+            if (number, text, label) == (1, "sentence", "label") or not line.strip():
+                continue
+            if not tab or label not in ("0", "1"):
+                raise DataError(f"{path}:{number}: expected a sentence, a tab, and 0 or 1")
+            if len(text) > MAX_TEXT:
+                raise DataError(f"{path}:{number}: the sentence has {len(text):,} characters; at most {MAX_TEXT:,} are read")
+            yield number, {"text": text, "label": int(label)} if text.strip() else None
+    return _usable(path, rows(), "sentence")
 
 
 def post_key(info):
@@ -362,30 +537,104 @@ def save_json_lines(path, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the paper's choice among raw Reddit posts (Stiennon appendix A)
+
+SUBREDDITS = """relationships AskReddit relationship_advice tifu dating_advice personalfinance Advice legaladvice offmychest
+    loseit jobs self BreakUps askwomenadvice dogs running pettyrevenge needadvice travel Parenting weddingplanning Pets
+    Dogtraining cats AskDocs college GetMotivated books Cooking""".split()
+# The paper drops sensitive topics and profanity "by heuristics" that it does not print. These are ours, and narrow: in what
+# OpenAI released "fuck", "shit", "self harm", "porn" and "rape" still occur.
+SENSITIVE = re.compile(r"\b(suicid\w*|incest\w*|orgasm\w*|blow ?jobs?|creampies?|gang ?bang\w*)\b", re.I)
+PROFANE = re.compile(r"\b(cunts?|motherfuck\w*|cocksuck\w*|whores?|sluts?|fagg?ots?|nigg(er|a)s?)\b", re.I)
+EDIT = re.compile(r"\W*(edit|update)(ed|d|s)?\b", re.I)
+RULES = ["duplicate post", "not a top-level post", "other subreddit", "title begins with edit or update", "sensitive topic",
+         "post over 512 tokens", "summary begins with edit, update or P.S.", "profane summary", "summary under 24 tokens",
+         "summary over 48 tokens"]
+
+
+def filter_tldr(rows, enc, need_summary=True):
+    """-> posts, {rule: how many rows it was the first to drop}, rules in the paper's order.
+
+    rows: dicts with id, subreddit, title (a comment has none), post (or Webis' content), summary, as read_rows reads them;
+    they may stream. need_summary=False leaves out the rules on the summary: the paper's set of prompts for PPO."""
+    posts, dropped, seen = [], dict.fromkeys(RULES, 0), set()
+    for row in rows:
+        row = row | {"post": row.get("post") or row.get("content")}
+        post = {key: row[key] if isinstance(row.get(key), str) else "" for key in ("id", "subreddit", "title", "post", "summary")}
+        post["summary"] = re.sub(r"^\W*tl\W?dr[\s:;,.-]*", "", post["summary"], flags=re.I)
+        key = hashlib.sha256(post["post"].encode("utf-8", "replace")).digest()
+        rule = "duplicate post" if key in seen else _broken_rule(post, enc, need_summary)
+        seen.add(key)
+        if rule:
+            dropped[rule] += 1
+        else:
+            posts.append(post)
+    return posts, dropped
+
+
+def _broken_rule(post, enc, need_summary):
+    """The first of RULES that a post breaks, or None."""
+    body, title, summary = post["post"], post["title"], post["summary"]
+    if not body.strip() or not title.strip():
+        return "not a top-level post"
+    if post["subreddit"] not in SUBREDDITS:
+        return "other subreddit"
+    if EDIT.match(title):
+        return "title begins with edit or update"
+    if SENSITIVE.search(title) or SENSITIVE.search(body):
+        return "sensitive topic"
+    if len(body) > MAX_TEXT or len(enc.encode_ordinary(body)) > 512:
+        return "post over 512 tokens"
+    if not need_summary:
+        return None
+    if EDIT.match(summary) or re.match(r"\W*p\.? ?s\b", summary, re.I):
+        return "summary begins with edit, update or P.S."
+    if PROFANE.search(summary):
+        return "profane summary"
+    n = len(enc.encode_ordinary(summary[:MAX_TEXT]))
+    return "summary under 24 tokens" if n < 24 else "summary over 48 tokens" if n > 48 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # from text to token ids (Stiennon appendix B.1)
 
 def query_text(post):
-    return f"SUBREDDIT: r/{post['subreddit']}\n\nTITLE: {post['title']}\n\nPOST: {post['post']}\n\nTL;DR:"
+    return TASKS[post.get("task", "tldr")].query.format_map(post)
 
 
 def encode_query(enc, post, Q):
     """Token ids of the query, at most Q. While it is too long the post is cut at its last newline, and where there is
-    none its last characters are dropped; subreddit and title are never cut. Raises DataError if they alone exceed Q."""
-    body = post["post"]
+    none its last character is dropped; what else the task's format has is never cut. Raises DataError if it alone exceeds Q."""
+    body, most = post["post"], None
     while True:
         ids = enc.encode_ordinary(query_text({**post, "post": body}))
         if len(ids) <= Q:
             return ids
         if not body:
             raise DataError(f"post {post.get('id')}: its title alone needs more than the {Q} tokens of a query; raise max_query")
-        newline = body.rfind("\n")
+        most = min(_most_characters(enc, post, Q) if most is None else most, len(body) - 1)  # steps that cannot fit are left out
+        newline = body.rfind("\n", 0, most + 1)
         # a character is at most 4 bytes, hence 4 tokens: so many can go without cutting deeper than one by one would
-        body = body[:newline] if newline >= 0 else body[:-max(1, (len(ids) - Q) // 5)]
+        body = body[:newline] if newline >= 0 else body[:min(most, len(body) - (len(ids) - Q) // 5)]
 
 
-def encode_response(enc, summary, R):
-    """Token ids of ' summary' cut to R - 1, and EOS: R counts the EOS."""
-    return enc.encode_ordinary(" " + summary.strip())[:R - 1] + [enc.n_vocab - 1]
+def _most_characters(enc, post, Q):
+    """A length beyond which a beginning of the post surely makes a query of more than Q tokens. No token reaches from a word into
+    the blank or newline after it, so words add up; the first is not counted, as it depends on what stands before it."""
+    body, start = post["post"], 0
+    before, _, after = query_text({**post, "post": "\0"}).rpartition("\0")
+    tokens = len(enc.encode_ordinary(before.strip())) + len(enc.encode_ordinary(after.strip()))
+    for edge in re.finditer(r"(?<=\S)(?=[ \n])", body):
+        tokens += len(enc.encode_ordinary(body[start:edge.start()])) if start else 0
+        start = edge.start()
+        if tokens > Q:
+            return start
+    return len(body)
+
+
+def encode_response(enc, summary, R, task="tldr"):
+    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS."""
+    return enc.encode_ordinary(TASKS[task].lead + summary.strip())[:R - 1] + [enc.n_vocab - 1]
 
 
 def decode_response(enc, ids):
@@ -400,3 +649,178 @@ def pad_rows(rows, device="cpu"):
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     return tokens.to(device), lengths.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# books: any text, as rows of tokens and as excerpts to continue (Ziegler 2019; openai/lm-human-preferences)
+
+GUTENBERG_START = re.compile(r"\*+ ?START OF (THE|THIS) PROJECT GUTENBERG|\*+ ?END.{0,3}THE SMALL PRINT", re.I)
+GUTENBERG_END = re.compile(r"\*+ ?END OF (THE|THIS) PROJECT GUTENBERG|End of (The |This )?Project Gutenberg", re.I)
+
+
+def text_files(path):
+    """The .txt and .txt.gz files of a folder, sorted, or the one file that path is."""
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if name.endswith((".txt", ".txt.gz")))
+    if not names:
+        raise DataError(f"{path} holds no .txt file")
+    return [os.path.join(path, name) for name in names]
+
+
+def book_text(path, size=2**16):
+    """Yield a text file in pieces of up to `size` characters: newlines as \\n, Project Gutenberg's header and footer left out.
+    Pieces are cut between a word and the blank or newline after it, where no token reaches across, so that the pieces' tokens
+    together are those of the whole text."""
+    lines = (line.replace("\r\n", "\n").replace("\r", "\n") for _, line in _lines(path))
+    head = list(itertools.islice(lines, 2000))
+    start = next((i + 1 for i, line in enumerate(head) if GUTENBERG_START.match(line)), 0)
+    parts, length = [], 0
+    for line in itertools.takewhile(lambda line: not GUTENBERG_END.match(line), itertools.chain(head[start:], lines)):
+        parts.append(line)
+        length += len(line)
+        if length > size:
+            text, at = "".join(parts), 0
+            while len(text) - at > size:
+                word = re.match(r"(?s).*\S(?=[ \n])", text[at:at + size])
+                yield text[at:at + (word.end() if word else size)]
+                at += word.end() if word else size
+            parts, length = [text[at:]], len(text) - at
+    yield "".join(parts)
+
+
+def text_rows(path, enc, T):
+    """Yield the tokens of a text file or a folder of them in rows of T; the last row of each file is shorter and ends in EOS."""
+    for file in text_files(path):
+        ids, count = [], 0
+        for more in _parallel(enc.encode_ordinary, book_text(file), 32):
+            ids += more
+            whole = len(ids) // T * T
+            yield from (ids[i:i + T] for i in range(0, whole, T))
+            ids, count = ids[whole:], count + len(more)
+        if not count:
+            raise DataError(f"{file} holds no text")
+        yield ids + [enc.n_vocab - 1]
+
+
+def excerpts(rows, enc, n, seed, task="sentiment", least=32):
+    """Up to n queries to continue, as posts, one from each of n rows of text_rows (T = 2Q is a good length), which are tried
+    in an order drawn from seed: what follows the row's first '.', cut to Q tokens, then after its last '.'; excerpts under
+    `least` tokens are passed over. (The paper: 32 to 64 tokens.)"""
+    (stop,), posts = enc.encode_ordinary("."), []
+    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
+        ids = rows[i]
+        ids = ids[ids.index(stop) + 1:][:TASKS[task].Q] if stop in ids else []
+        ids = ids[:len(ids) - ids[::-1].index(stop)] if stop in ids else []
+        text = enc.decode(ids)
+        if len(ids) >= least and enc.encode_ordinary(text) == ids:  # a token cut out of a word may read differently alone
+            posts.append({"id": f"row-{i}", "subreddit": "", "title": "", "post": text, "summary": "", "task": task})
+        if len(posts) == n:
+            break
+    return posts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token storage: a large set is encoded once and then read where it is needed
+
+class TokenRows:
+    """Rows of token ids in a memory-mapped file, for wherever a list of lists of ids serves: rows[i] and rows[a:b] are lists.
+    take(indices or slice) and columns(n), which deals the rows out n at a time, are TokenRows again and read nothing yet."""
+
+    def __init__(self, tokens, starts, stops):
+        self.tokens, self.starts, self.stops = tokens, starts, stops
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        return list(self.take(i)) if isinstance(i, slice) else self.tokens[self.starts[i]:self.stops[i]].tolist()
+
+    def take(self, which):
+        return TokenRows(self.tokens, self.starts[which], self.stops[which])
+
+    def columns(self, n):
+        return [self.take(slice(i, None, n)) for i in range(n)]
+
+
+def store_rows(folder, paths, enc, settings, rows):
+    """TokenRows of what the generator `rows` yields. The first time the ids go to folder/KEY.tokens (uint16) and the end of
+    each row to folder/KEY.ends.npy (int64); later `rows` is not even begun. KEY stands for the paths, their sizes and times of
+    change, the encoding, TASKS, and `settings`, which must name all else that the rows depend on.
+
+        queries, responses = store_rows(folder, [path], enc, ["tldr", Q, R], post_rows(path, enc, Q, R)).columns(2)"""
+    if enc.n_vocab > 2**16:
+        raise DataError(f"tokens are stored in 16 bits, an encoding of {enc.n_vocab} tokens is too large")
+    try:
+        sources = [[os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+    except OSError as e:
+        raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
+    tokens = [enc.decode_single_token_bytes(i).hex() for i in range(enc.n_vocab - 1)]
+    key = hashlib.sha256(json.dumps([sources, tokens, TASKS, settings]).encode()).hexdigest()[:16]
+    file, ends_file = os.path.join(folder, f"{key}.tokens"), os.path.join(folder, f"{key}.ends.npy")
+    ends = _read_ends(file, ends_file)
+    if ends is None:
+        os.makedirs(folder, exist_ok=True)
+        ends = _write_rows(rows, file, ends_file)
+    tokens = np.asarray(np.memmap(file, np.uint16, "r")) if ends[-1] else np.zeros(0, np.uint16)
+    return TokenRows(tokens, ends[:-1], ends[1:])
+
+
+def _read_ends(file, ends_file):
+    """The ends of the rows, from 0 on, or None where the two files are not there, or not whole."""
+    try:
+        ends = np.load(ends_file, allow_pickle=False)
+        return ends if os.path.getsize(file) == 2 * ends[-1] else None
+    except (OSError, ValueError, EOFError, IndexError):
+        return None
+
+
+def _write_rows(rows, file, ends_file):
+    ends, temporary = array.array("q", [0]), f"{file}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb", buffering=2**20) as f:
+            for row in tqdm(rows, desc="encoding", unit="row", delay=2):
+                f.write(array.array("H", row).tobytes())
+                ends.append(ends[-1] + len(row))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+        with open(temporary, "wb") as f:
+            np.save(f, np.array(ends))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, ends_file)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return np.array(ends)
+
+
+def post_rows(path, enc, Q, R, task="tldr", need_summary=True):
+    """Yield query, response, query, response, ... of the posts of a file, as load_posts returns them."""
+    return _encoded(enc, Q, R, ((at, post, [post["summary"]]) for at, post in posts_of(path, task, need_summary) if post))
+
+
+def comparison_rows(path, enc, Q, R, task="cnndm-transfer"):
+    """Yield query, response 0, response 1, query, ... of the comparisons of a file, as load_comparisons returns them."""
+    rows = comparisons_of(path, task)
+    return _encoded(enc, Q, R, ((at, row["info"], [s["text"] for s in row["summaries"]]) for at, row in rows if row))
+
+
+def _encoded(enc, Q, R, rows):
+    """rows (file:line, post, summaries) -> ids of the query, ids of each summary, and so on with the next row."""
+    def encode(row):
+        at, post, summaries = row
+        try:
+            return [encode_query(enc, post, Q)] + [encode_response(enc, s, R, post.get("task", "tldr")) for s in summaries]
+        except DataError as e:
+            raise DataError(f"{at}: {e}") from None
+    return itertools.chain.from_iterable(_parallel(encode, rows, 1024))
+
+
+def _parallel(function, items, chunk):
+    """map on all cores, in order, with `chunk` items at a time in memory: tiktoken works outside the interpreter's lock."""
+    items = iter(items)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while part := list(itertools.islice(items, chunk)):
+            yield from pool.map(function, part)

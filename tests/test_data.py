@@ -1,4 +1,5 @@
 """Encodings, queries, and files: what is legal is served, what is not ends in one sentence with file and line."""
+import gzip
 import hashlib
 import json
 import os
@@ -9,7 +10,9 @@ import pytest
 import tiktoken.load
 
 import data
+import sft
 import world
+from conftest import tiny_model
 from data import DataError
 
 POST = {"id": "a", "subreddit": "advice", "title": "my cat", "post": "she ran away.\nthen she came back.\nnow she sleeps.", "summary": "cat ran"}
@@ -359,3 +362,293 @@ def test_a_token_that_no_merge_makes_is_refused(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256}
     with pytest.raises(DataError, match="256"):
         data.save_vocabulary(data.make_encoding(ranks), str(tmp_path))
+
+
+# --------------------------------------------------------------------------- tasks
+
+ARTICLE = {"id": "b", "site": "cnn", "title": "Cat found", "article": "(CNN) -- A cat ran away.\n\nIt came back, she said."}
+
+
+def test_the_query_of_each_task(enc):
+    """The formats as openai/summarize-from-feedback and lm-human-preferences print them; a reference stands behind ' ' or not."""
+    post = {"post": "A cat ran.", "summary": "It ran."}
+    for task, query, response in [("cnndm", "Article:\nA cat ran.\n\nTL;DR:\n", "It ran."), ("cnndm-transfer", "A cat ran.\n\nTL;DR:", " It ran."),
+                                  ("sentiment", "A cat ran.", "It ran.")]:
+        assert enc.decode(data.encode_query(enc, post | {"task": task}, 64)) == query
+        assert enc.decode(data.encode_response(enc, "It ran.", 24, task)) == response + data.EOS
+    lengths = {name: (task.Q, task.R, task.stop, task.earliest) for name, task in data.TASKS.items()}
+    assert lengths == {"tldr": (512, 48, data.EOS, 0), "cnndm": (1919, 128, data.EOS, 0), "cnndm-transfer": (512, 48, data.EOS, 0),
+                       "sentiment": (64, 24, ".", 16), "descriptiveness": (64, 24, ".", 16)}
+
+
+def test_truncation_is_the_paper_s_step_by_step_one(enc):
+    """Whatever the post is made of, the query is the one that cutting at one newline or one character at a time ends with."""
+    def step_by_step(post, Q):
+        while len(ids := enc.encode_ordinary(data.query_text(post))) > Q:
+            i = post["post"].rfind("\n")
+            post = post | {"post": post["post"][:i]}  # -1 where there is none: the last character
+        return ids
+    rng = random.Random(0)
+    pieces = ["my", "cat", " ", " ", " ", "\n", "\n\n", "sister", "!!", "\u00a0", "\u2003", "\x1c", "漢字", "it's", "1234", "\t", "x" * 30, "\r\n"]
+    for n in range(600):
+        body = "".join(rng.choices(pieces if n % 2 else [p for p in pieces if "\n" not in p], k=rng.randrange(40, 120)))
+        post = {"subreddit": "x", "title": "a title", "post": body, "task": rng.choice(["tldr", "cnndm", "cnndm-transfer", "sentiment"])}
+        Q = rng.randrange(25, 120)
+        assert data.encode_query(enc, post, Q) == step_by_step(post, Q)
+    enc = data.train_bpe([" a ab abc abcd abcde abcdef abcdefg abcdefgh"], 265)
+    assert [len(enc.encode_ordinary(w)) for w in (" abcdefgh", "abcdefgh")] == [1, 8]  # so a first word alone says nothing
+    post = {"subreddit": "x", "title": "a title", "post": "abcdefgh" + " abcdefgh ijk" * 30}
+    assert all(data.encode_query(enc, post, Q) == step_by_step(post, Q) for Q in range(60, 190))
+
+
+def test_gzip_byte_order_mark_and_prompts_without_summary(tmp_path):
+    rows = [POST, {k: POST[k] for k in POST if k != "summary"}, POST | {"summary": None}, POST | {"summary": ""}, POST | {"id": 7}]
+    text = "\ufeff" + "\r\n".join(map(json.dumps, rows))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    posts, skipped = data.load_posts(str(tmp_path / "x.jsonl.gz"), need_summary=False)
+    assert [p["summary"] for p in posts] == ["cat ran", "", "", "", "cat ran"] and skipped == 0 and posts[4]["id"] == "7"
+    odd = data.load_posts(write(tmp_path, POST | {"summary": "half a \ud800 pair"}))[0][0]["summary"]
+    assert odd.encode() == b"half a ? pair"
+    with pytest.raises(DataError, match="x.jsonl:1: the field 'post' has 1,000,001 characters; at most 200,000"):
+        data.load_posts(write(tmp_path, POST | {"post": " " * 10**6 + "x"}))  # tiktoken would panic
+    with pytest.raises(DataError, match="x.jsonl:2: post a: its title alone needs more than the 60 tokens"):
+        list(data.post_rows(write(tmp_path, POST, POST | {"title": "word " * 90}), data.train_bpe(["x"], 300), 60, 9))
+    with pytest.raises(DataError, match="x.jsonl.gz:2: the field 'summary' is missing"):
+        data.load_posts(str(tmp_path / "x.jsonl.gz"))
+    (tmp_path / "y.gz").write_bytes(gzip.compress(text.encode())[:-30])
+    with pytest.raises(DataError, match=r"y.gz:\d+: the gzip file is cut short"):
+        data.load_posts(str(tmp_path / "y.gz"), need_summary=False)
+
+
+def test_cnndm_as_csv_and_as_json_lines(tmp_path):
+    table = 'article,highlights,id\r\n"(CNN)A ""cat"" ran away.","It ran .\nIt came back .",b\r\nDogs sleep.,They do .,c\r\n'
+    (tmp_path / "x.csv").write_text(table, newline="")
+    posts, skipped = data.load_posts(str(tmp_path / "x.csv"), "cnndm")
+    assert skipped == 0 and posts[0] == {"id": "b", "subreddit": "", "title": "", "post": 'A "cat" ran away.', "summary": "It ran . It came back .",
+                                         "task": "cnndm"}
+    as_json = write(tmp_path, {"article": '(CNN)A "cat" ran away.', "highlights": "It ran .\nIt came back .", "id": "b"})
+    assert data.load_posts(as_json, "cnndm")[0] == posts[:1]
+    data.save_json_lines(tmp_path / "again", posts)
+    assert data.load_posts(str(tmp_path / "again"))[0] == posts  # a run's own files say what task they are of
+    for bad, says in [(table + 'x,"y', ":5: the row that begins here is not CSV"), (table + "one,two\n", ":5: 2 fields under a header of 3"),
+                      (table.replace("article", "text"), ":2: the field 'post' is missing")]:
+        (tmp_path / "x.csv").write_text(bad, newline="")
+        with pytest.raises(DataError, match=says):
+            data.load_posts(str(tmp_path / "x.csv"), "cnndm")
+    with pytest.raises(DataError, match="the task must be one of tldr"):
+        data.load_posts(write(tmp_path, POST | {"task": "poems"}))
+
+
+def test_comparisons_of_every_kind(tmp_path):
+    """Articles, a subreddit with its r/, no space before a summary, null note, ties; Hugging Face's copy fills gaps with null."""
+    rows = [comparison(info=dict(ARTICLE)), comparison(info=ARTICLE | {"post": None, "subreddit": None}), comparison(info=POST | {"article": None}),
+            comparison(info=POST | {"subreddit": "r/advice", "id": 5}), comparison(choice=None),
+            comparison(summaries=[{"text": "same"}, {"text": " same "}]), comparison(worker=None, batch=3, extra={})]
+    kept, skipped = data.load_comparisons(write(tmp_path, *rows))
+    assert len(kept) == 5 and skipped == 2
+    assert [c["info"].get("task") for c in kept] == ["cnndm-transfer", "cnndm-transfer", None, None, None]
+    assert data.query_text(kept[0]["info"]) == data.query_text(kept[1]["info"]) == "A cat ran away.\n\nIt came back, she said.\n\nTL;DR:"
+    assert data.query_text(kept[3]["info"]).startswith("SUBREDDIT: r/advice\n") and data.post_key(kept[3]["info"]) == "5"
+    assert (kept[4]["worker"], kept[4]["batch"], kept[4]["extra"]) == (None, "3", {"confidence": None})
+    data.save_json_lines(tmp_path / "again", kept)
+    assert data.load_comparisons(str(tmp_path / "again"))[0] == kept
+    assert data.load_comparisons(write(tmp_path, *rows), "cnndm")[0][0]["info"]["task"] == "cnndm"
+    for changes, says in [({"extra": {"confidence": float("nan")}}, "confidence"), ({"worker": [1]}, "'worker' must be text"),
+                          ({"summaries": [{"text": "x", "policy": {}}, {"text": "y"}]}, r"summaries\[0\]: the field 'policy'")]:
+        with pytest.raises(DataError, match="x.jsonl:1: .*" + says):
+            data.load_comparisons(write(tmp_path, comparison(**changes)))
+    row = comparison()
+    del row["choice"]
+    with pytest.raises(DataError, match="'choice' must be 0 or 1.*found 'none'"):
+        data.load_comparisons(write(tmp_path, row))
+
+
+def evaluation(axes, text=" A cat."):
+    return {"info": dict(ARTICLE), "split": "test", "worker": "w", "batch": "cnndm1",
+            "summary": {"text": text, "policy": "ref", "note": None, "axes": axes}}
+
+
+def test_axis_evaluations(tmp_path):
+    axes = {"overall": 3, "accuracy": 7, "coverage": None, "coherence": 1, "compatible": False}
+    rows, skipped = data.load_axis(write(tmp_path, evaluation(axes), evaluation({"overall": None}), evaluation(axes, " ")))
+    assert len(rows) == 1 and skipped == 2
+    assert rows[0]["summary"]["axes"] == {"overall": 3, "accuracy": 7, "coherence": 1, "compatible": False}
+    assert rows[0]["info"]["post"].startswith("A cat") and rows[0]["info"]["task"] == "cnndm-transfer"
+    for bad in [{"overall": 8}, {"overall": 0}, {"overall": True}, {"overall": 2.5}, {"compatible": 1}, [], None]:
+        with pytest.raises(DataError, match="x.jsonl:2: "):
+            data.load_axis(write(tmp_path, evaluation(axes), evaluation(bad)))
+
+
+LABEL = {"query": [5, 13, 50259, 50259], "sample0": [1, 13], "sample1": [2, 50259], "sample2": [0, 50256], "sample3": [4, 4], "best": 3}
+
+
+def test_four_way_labels_lose_their_padding(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps([LABEL, LABEL | {"sample1": [50259, 50259]}, LABEL | {"best": 0}]))
+    labels, skipped = data.load_labels(str(file))
+    assert skipped == 1 and [label["best"] for label in labels] == [3, 0]
+    assert labels[0]["query"] == [5, 13] and labels[0]["samples"] == [[1, 13], [2], [0, 50256], [4, 4]]
+    for bad, says in [({"best": 4}, "'best' must be"), ({"best": True}, "'best' must be"), ({"query": [50257]}, "token ids"),
+                      ({"query": [-1]}, "token ids"), ({"query": [50260]}, "token ids"), ({"sample2": [1.0]}, "token ids"),
+                      ({"sample3": None}, "token ids")]:
+        file.write_text("[" + json.dumps(LABEL) + ",\n\n" + json.dumps(LABEL | bad) + "]")
+        with pytest.raises(DataError, match="x.json:3: label 1: .*" + says):
+            data.load_labels(str(file))
+    for text, says in [("{}", ":1: expected a JSON array"), ("[{}]", ":1: label 0: expected an object with query"), ("[3]", ":1: label 0: expected an object"),
+                       ("[", ":1: label 0: not JSON")]:
+        file.write_text(text)
+        with pytest.raises(DataError, match=says):
+            data.load_labels(str(file))
+
+
+def test_sst2(tmp_path):
+    (tmp_path / "x.tsv").write_text("sentence\tlabel\na fine film \t1\n\t0\nfine\ttabs\t0\r\n")
+    assert data.load_sst2(str(tmp_path / "x.tsv")) == ([{"text": "a fine film ", "label": 1}, {"text": "fine\ttabs", "label": 0}], 1)
+    (tmp_path / "x.tsv").write_text("good\t1\nbad 0\n")
+    with pytest.raises(DataError, match="x.tsv:2: expected a sentence, a tab"):
+        data.load_sst2(str(tmp_path / "x.tsv"))
+
+
+# --------------------------------------------------------------------------- the filter
+
+def test_filter_drops_by_each_rule_once(enc):
+    """One row breaks each rule and no earlier one; the rest of a post is what stays."""
+    def words(n):  # a text of exactly n tokens
+        return enc.decode(enc.encode_ordinary(" my cat ran to the office." * n)[:n])
+    summary, new = words(30), iter(range(100))
+
+    def row(**changes):
+        return {"id": "t3_x", "subreddit": "tifu", "title": "my cat", "post": f"story {next(new)}", "summary": summary} | changes
+    broken = {"duplicate post": row(post="the first"), "not a top-level post": row(title=None), "other subreddit": row(subreddit="Tifu"),
+              "title begins with edit or update": row(title="[UPDATE] my cat"), "sensitive topic": row(post="thoughts of suicide"),
+              "post over 512 tokens": row(post=words(513)), "summary begins with edit, update or P.S.": row(summary="P.S. " + summary),
+              "profane summary": row(summary="whore " + words(25)), "summary under 24 tokens": row(summary=words(23)),
+              "summary over 48 tokens": row(summary=words(49))}
+    kept = [row(post="the first"), row(title="Editor needed"), row(post=words(512)), row(summary=words(24)), row(summary=words(48)),
+            {k: v for k, v in row(content="as Webis has it").items() if k != "post"}, row(summary="TL;DR: " + summary)]
+    posts, dropped = data.filter_tldr(iter(kept + list(broken.values())), enc)
+    assert dropped == dict.fromkeys(broken, 1) and list(dropped) == data.RULES and len(posts) == len(kept)
+    assert posts[5]["post"] == "as Webis has it" and posts[6]["summary"] == summary.strip() and set(posts[0]) == set(POST)
+    posts, dropped = data.filter_tldr(kept + list(broken.values()), enc, need_summary=False)
+    assert len(posts) == len(kept) + 4 and sum(dropped.values()) == 6
+    assert len(data.SUBREDDITS) == len(set(data.SUBREDDITS)) == 29
+
+
+# --------------------------------------------------------------------------- books
+
+BOOK = ("\ufeffThe Project Gutenberg EBook\r\n\r\n*** START OF THIS PROJECT GUTENBERG EBOOK CATS ***\r\nChapter 1\r\n\r\n"
+        + "My cat ran to the office. It was my cat.  Was it?\r\nIt ran on and on, and on.\r\n\r\n" * 200
+        + "End of the Project Gutenberg EBook of Cats\r\n\r\n*** END OF THIS PROJECT GUTENBERG EBOOK CATS ***\r\nlicence\r\n")
+
+
+def test_book_text_is_the_book_alone(tmp_path, enc):
+    (tmp_path / "b.txt").write_text(BOOK, encoding="utf-8", newline="")
+    whole = "".join(data.book_text(str(tmp_path / "b.txt")))
+    assert whole.startswith("Chapter 1\n\nMy cat") and whole.endswith("and on.\n\n") and whole.count("Was it?") == 200 and "\r" not in whole
+    for size in (3, 50, 333):
+        pieces = list(data.book_text(str(tmp_path / "b.txt"), size))
+        assert "".join(pieces) == whole and max(map(len, pieces)) <= size
+    assert len(pieces) > 40 and [i for piece in pieces for i in enc.encode_ordinary(piece)] == enc.encode_ordinary(whole)
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"no header here.\n"))
+    (tmp_path / "notes.md").write_text("not a book")
+    rows = list(data.text_rows(str(tmp_path), enc, 100))
+    plain = enc.encode_ordinary(whole)
+    assert [i for row in rows[:-1] for i in row] == plain + [enc.n_vocab - 1] and {len(row) for row in rows[:-2]} == {100}
+    assert enc.decode(rows[-1]) == "no header here.\n" + data.EOS
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no .txt file"):
+        data.text_files(str(tmp_path / "empty"))
+    (tmp_path / "d.txt").write_text("")
+    with pytest.raises(DataError, match="d.txt holds no text"):
+        list(data.text_rows(str(tmp_path / "d.txt"), enc, 100))
+
+
+def test_excerpts_by_the_rule_of_the_paper(enc):
+    """Behind the first full stop, 64 tokens, behind the last full stop, 32 at least; the query is just these tokens."""
+    rng, (stop,) = random.Random(0), enc.encode_ordinary(".")
+    text = " ".join(rng.choice(["my cat ran", "to the office", "yes.", "it was mine.", "why?"]) for _ in range(3000))
+    ids = enc.encode_ordinary(text)
+    rows = [ids[i:i + 128] for i in range(0, len(ids) - 128, 128)] + [[stop], [5, 6], [7] * 100 + [stop] + [8] * 100]
+    rows += [[stop] + [8] * 31 + [stop], [stop] + [8] * 30 + [stop]]  # 32 tokens, 31
+    spelled = [stop] + list(b" cat" * 10) + [stop]  # no encoding of a text, so its text would be another query
+    expected = []
+    for row in rows:
+        row = row[row.index(stop) + 1:] if stop in row else []
+        row = row[:64]
+        while row and row[-1] != stop:
+            row = row[:-1]
+        if len(row) >= 32:
+            expected.append(row)
+    posts = data.excerpts(rows + [spelled], enc, 10**6, seed=0, task="descriptiveness")
+    found = [data.encode_query(enc, post, 64) for post in posts]
+    assert sorted(found) == sorted(expected) and found != expected and len(found) > 20
+    assert [data.encode_query(enc, post, 64) for post in data.excerpts(rows + [spelled], enc, 5, seed=0)] == found[:5]
+    assert data.query_text(posts[0]) == posts[0]["post"] and posts[0]["task"] == "descriptiveness"
+
+
+# --------------------------------------------------------------------------- token storage
+
+def store(tmp_path, file, enc, rows=None, settings=("posts", 60, 20)):
+    return data.store_rows(str(tmp_path / "cache"), [file], enc, settings, data.post_rows(file, enc, 60, 20) if rows is None else rows)
+
+
+def test_stored_rows_are_the_encoded_rows(tmp_path, enc):
+    posts = world.make_posts(50, 0, "x")
+    file = write(tmp_path, *posts, POST | {"post": " "}, ARTICLE | {"summary": "so", "task": "cnndm"})
+    posts = data.load_posts(file)[0]
+    queries, responses = store(tmp_path, file, enc).columns(2)
+    assert list(queries) == [data.encode_query(enc, p, 60) for p in posts] and len(queries) == 51 == len(responses)
+    assert list(responses) == [data.encode_response(enc, p["summary"], 20, p.get("task", "tldr")) for p in posts]
+    assert responses[3:5] == [responses[3], responses[4]] and responses[-1] == responses[50] and type(queries[0]) is list
+    assert list(queries.take([7, 2])) == [queries[7], queries[2]]
+    with pytest.raises(IndexError):
+        queries[51]
+    file = write(tmp_path, comparison(), comparison(choice=None), comparison(info=dict(ARTICLE)))
+    rows = data.store_rows(str(tmp_path / "cache"), [file], enc, ["comparisons"], data.comparison_rows(file, enc, 60, 20))
+    assert list(rows) == [ids for c in data.load_comparisons(file)[0] for ids in
+                          (data.encode_query(enc, c["info"], 60), *(data.encode_response(enc, s["text"], 20) for s in c["summaries"]))]
+
+
+def test_rows_are_encoded_once_until_something_changes(tmp_path, enc, monkeypatch):
+    def never():
+        raise AssertionError("encoded again")
+        yield
+    file = write(tmp_path, POST, POST)
+    first = list(store(tmp_path, file, enc))
+    assert list(store(tmp_path, file, enc, never())) == first
+    for change in (dict(settings=("posts", 61, 20)), dict(enc=data.train_bpe(["other"], 300)), dict(TASKS={})):
+        monkeypatch.setattr(data, "TASKS", change.pop("TASKS", data.TASKS))
+        with pytest.raises(AssertionError, match="encoded again"):
+            store(**{"tmp_path": tmp_path, "file": file, "enc": enc, "rows": never()} | change)
+    monkeypatch.undo()
+    write(tmp_path, POST, POST, POST)
+    assert list(store(tmp_path, file, enc)) == first + first[:2]
+    tokens = max((tmp_path / "cache").glob("*.tokens"), key=lambda path: path.stat().st_size)
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(AssertionError, match="encoded again"):
+        store(tmp_path, file, enc, never())
+    assert list(store(tmp_path, file, enc)) == first + first[:2]
+    with pytest.raises(DataError, match="none cannot be read"):
+        store(tmp_path, str(tmp_path / "none"), enc)
+    with pytest.raises(DataError, match="16 bits"):
+        store(tmp_path, file, data.make_encoding({str(i).encode(): i for i in range(2**16)}))
+
+
+def test_a_broken_off_encoding_leaves_nothing_behind_that_counts(tmp_path, enc):
+    def breaks():
+        yield [1, 2, 3]
+        raise KeyboardInterrupt
+    file = write(tmp_path, POST)
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, file, enc, breaks())
+    assert not list((tmp_path / "cache").iterdir()) and len(store(tmp_path, file, enc)) == 2
+
+
+def test_training_reads_stored_rows_as_it_reads_lists(tmp_path, enc):
+    file = write(tmp_path, *world.make_posts(24, 0, "x"))
+    queries, responses = store(tmp_path, file, enc).columns(2)
+    losses = []
+    for name, rows in [("stored", (queries, responses)), ("lists", (list(queries), list(responses)))]:
+        model = tiny_model(vocab_size=enc.n_vocab, n_positions=80)
+        losses.append(sft.train_lm(model, rows, rows, sft.SFTSettings(batch=8, warmup=1), str(tmp_path / name), seed=0))
+    assert losses[0] == losses[1]
