@@ -7,16 +7,16 @@ How fast are we, in how much memory, and how fast are others with the same work?
     python bench/bench.py --only sampling,ppo              # these cases alone; --help names them
 
 Each case runs ours and the peers in turn (ours, peer, ours, peer, ...), each time in a fresh process, so that its peak memory is
-its own; the table shows medians over all rounds, JSON lines keep every time. Peers are measured where they are installed: `pip install
-transformers "trl==1.12.0" accelerate datasets` (the last TRL with a PPOTrainer); nanoGPT is a folder with its model.py. How each
-of them is called, in peers.py. Weights and tokens are random, and nothing can stop a response: each has its full length.
+its own. The table shows medians over all rounds; JSON lines keep every time. Peers are measured where they are installed:
 
-Caveats: wall-clock times want a machine of their own. Peak memory on a CPU is the process's, libraries included; on a GPU it is what
-PyTorch allocated. TRL runs without its default gradient checkpointing: faster, in more memory. MFU follows PaLM's convention: it
-counts the attention scores that a causal kernel skips.
+    pip install transformers "trl==1.12.0" accelerate datasets       # the last TRL with a PPOTrainer; nanoGPT is cloned
+
+and peers.py says how each of them is called. Weights and tokens are random; nothing stops a response: each has its full length.
+
+Caveats: wall-clock times want a machine of their own. Peak memory on a CPU is the process's, libraries included, on a GPU what
+PyTorch allocated. TRL runs without its default gradient checkpointing: faster, in more memory. nanoGPT's GELU is the exact one.
+MFU follows PaLM's convention: it counts the attention scores that a causal kernel skips.
 """
-import argparse
-import datetime
 import functools
 import importlib.util
 import json
@@ -44,19 +44,20 @@ CPU_CASES = {
         ("nanoGPT", "fp32"), ("nanoGPT", "bf16"), ("transformers sdpa", "fp32"), ("transformers eager", "fp32"),
         ("transformers sdpa", "bf16"), ("transformers eager", "bf16")]),
     "reward": dict(run="reward", **TINY, batch=16, query=112, response=48, warmup=2, repeats=5, peers=[
-        ("TRL RewardTrainer", "fp32"), ("TRL RewardTrainer", "bf16"), ("transformers loop", "fp32"), ("transformers loop", "bf16")]),
+        ("TRL RewardTrainer", "fp32"), ("TRL RewardTrainer", "bf16"), ("transformers loop", "fp32"),
+        ("transformers loop", "bf16")]),
     "ppo": dict(run="ppo", **TINY, batch=64, query=112, response=48, epochs=4, minibatches=1, warmup=2, repeats=2, peers=[
         ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer", "bf16 weights")]),
     "ppo-gpt2": dict(run="ppo", **GPT2, batch=4, query=464, response=48, epochs=1, minibatches=1, warmup=1, repeats=1, peers=[
         ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer", "bf16 weights")]),
-    "logprobs": dict(run="logprobs", **{**TINY, "vocab_size": 50257}, batch=32, query=112, response=48, warmup=2, repeats=5, peers=[
+    "logprobs": dict(run="logprobs", **TINY | {"vocab_size": 50257}, batch=32, query=112, response=48, warmup=2, repeats=3, peers=[
         ("transformers all logits", "fp32"), ("transformers logits_to_keep", "fp32"), ("transformers all logits", "bf16"),
         ("transformers logits_to_keep", "bf16")]),
 }
 GROWING = ["sampling", "sft", "reward", "ppo", "logprobs"]  # the case "growth": each of these at 1, 2 and 4 times ...
 AXES = ["batch", "response", "width"]  # ... one of these
 GPU_CASES = {
-    "attention": dict(run="attention", **{**GPT2, "n_layer": 1}, batch=16, query=1024, response=0, inner=20, warmup=1, repeats=5, peers=[
+    "attention": dict(run="attention", **GPT2, batch=16, query=1024, response=0, inner=20, warmup=1, repeats=5, peers=[
         ("ours, plain", "bf16"), ("PyTorch FlashAttention", "bf16"), ("PyTorch default", "bf16")]),
     "sft": dict(run="sft", **GPT2, batch=32, query=512, response=512, warmup=3, repeats=5, peers=[
         ("nanoGPT", "bf16"), ("transformers sdpa", "bf16")]),
@@ -64,8 +65,8 @@ GPU_CASES = {
         ("transformers dynamic cache", "bf16 weights")]),
     "ppo": dict(run="ppo", **GPT2, batch=512, query=512, response=48, epochs=4, minibatches=8, warmup=1, repeats=1, peers=[]),
 }
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362,
-               "RTX 4090": 165}  # dense bf16 by the makers' data sheets; the first name that the device's name contains counts
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250,
+               "L40S": 362, "RTX 4090": 165}  # dense bf16, from data sheets; the first name found in the device's name counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ def sft(c):
     from sft import make_optimizer, row_loss
     model = gpt(c)
     queries, responses = random_ids(c, c.batch, c.query).tolist(), random_ids(c, c.batch, c.response).tolist()
-    return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: row_loss(model, queries, responses, 1.0))  # every token counts
+    every_token = 1.0  # what a query token counts
+    return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: row_loss(model, queries, responses, every_token))
 
 
 def reward(c):
@@ -106,8 +108,8 @@ def reward(c):
     from reward import pairwise_loss, score_groups
     from sft import make_optimizer
     model = gpt(c, "scalar")
-    groups = [{"query": random_ids(c, 1, c.query)[0].tolist(), "responses": random_ids(c, 2, c.response).tolist(), "pairs": [(0, 1)]}
-              for _ in range(c.batch)]
+    groups = [{"query": query, "responses": random_ids(c, 2, c.response).tolist(), "pairs": [(0, 1)]}
+              for query in random_ids(c, c.batch, c.query).tolist()]
     return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: pairwise_loss(*score_groups(model, groups)))
 
 
@@ -154,7 +156,7 @@ def peak_mb(device):
     if device == "cuda":
         import torch
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
+    try:  # on Linux a process starts with its parent's peak: ours imports torch and no more, which every child does as well
         import resource
     except ImportError:  # Windows
         return float("nan")
@@ -185,7 +187,7 @@ def measure(c):
     if package.startswith("ours"):
         from sft import pick_device
         pick_device(c.device)
-        result = {"sampling": sampling, "sft": sft, "reward": reward, "logprobs": logprobs, "ppo": ppo, "attention": attention}[c.run](c)
+        result = {f.__name__: f for f in (sampling, sft, reward, logprobs, ppo, attention)}[c.run](c)
     else:
         result = getattr(peers, f"{c.run}_{package.lower()}")(c)
     seconds = result if isinstance(result, list) else time_steps(result, c)
@@ -211,7 +213,7 @@ def speed_note(c, seconds, device_name):
         return ""
     tflops = c.batch * T * flops_per_token(c) / seconds / 1e12
     peak = c.peak_tflops or next((p for name, p in PEAK_TFLOPS.items() if name in device_name), None)
-    return f"MFU {tflops / peak:.1%} of {peak:g} TFLOP/s" if peak else f"{tflops:.0f} TFLOP/s; for the MFU name this card's peak with --peak-tflops"
+    return f"MFU {tflops / peak:.1%} of {peak:g} TFLOP/s" if peak else f"{tflops:.0f} TFLOP/s; --peak-tflops would tell the MFU"
 
 
 def child(case):
@@ -248,7 +250,8 @@ def contenders(case, precisions, installed, growth=()):
     case, peers = {k: v for k, v in case.items() if k != "peers"}, case["peers"]
     peers = [(who, precision) for who, precision in peers if installed(who)]
     if not growth:
-        return [case | {"who": who, "precision": precision, "label": ""} for who, precision in [("ours", p) for p in precisions] + peers]
+        return [case | {"who": who, "precision": precision, "label": ""}
+                for who, precision in [("ours", p) for p in precisions] + peers]
     scales = [("batch", 1)] + [(axis, by) for axis in AXES for by in growth]
     return [scaled(case, axis, by) | {"who": who, "precision": precision, "label": f"{axis} x{by}" if by > 1 else "x1"}
             for axis, by in scales for who, precision in [("ours", precisions[-1])] + peers[-1:]]
@@ -260,21 +263,25 @@ def scaled(case, axis, by):
     return case | changed | {"warmup": (case["warmup"] + 1) // 2, "repeats": (case["repeats"] + 1) // 2}
 
 
+RESPONSES_COUNT = ("sampling", "ppo", "logprobs")  # tokens/s there are response tokens, elsewhere all of a row's
+
+
 def tokens_per_step(c):
-    if c["run"] in ("sampling", "ppo", "logprobs"):
+    if c["run"] in RESPONSES_COUNT:
         return c["batch"] * c["response"]
     return c["batch"] * (c["query"] + c["response"]) * (2 if c["run"] == "reward" else 1)
 
 
 def summarize(runs):
-    """Add the medians, and to every run the speed of ours over its own, by our precision and at the same label: > 1, ours is faster."""
+    """Add the medians, and to every run the speed of ours over its own, by our precision: above 1, ours is faster."""
     for c in runs:
         if "error" not in c:
             c["median_s"], c["min_s"], c["max_s"] = statistics.median(c["seconds"]), min(c["seconds"]), max(c["seconds"])
             c["tokens_per_s"] = tokens_per_step(c) / c["median_s"]
     done = [c for c in runs if "error" not in c]
     for c in done:
-        c["speed_of_ours"] = {o["precision"]: c["median_s"] / o["median_s"] for o in done if (o["who"], o["label"]) == ("ours", c["label"])}
+        c["speed_of_ours"] = {o["precision"]: c["median_s"] / o["median_s"] for o in done
+                              if o["who"] == "ours" and o["label"] == c["label"]}
         c["growth"] = next((c["median_s"] / o["median_s"] for o in done if o["label"] == "x1" and
                             (o["who"], o["precision"]) == (c["who"], c["precision"])), None)
     return runs
@@ -282,19 +289,22 @@ def summarize(runs):
 
 def table(name, runs):
     """The lines of one case."""
-    c = runs[0]
-    T = "pairs of" if c["run"] == "reward" else "rows of"
-    what = f"{c['batch']} {T} {c['query']} + {c['response']} tokens, {c['n_layer']} layers of {c['n_embd']}, vocabulary {c['vocab_size']}"
-    if c["run"] == "attention":
-        what = f"forward and backward, B = {c['batch']}, H = {c['n_head']}, T = {c['query']}, D = {c['n_embd'] // c['n_head']}, causal"
-    if c["run"] == "ppo":
-        what += f", {c['epochs']} epochs of {c['minibatches']} minibatches"
-    counted = "response tokens" if c["run"] in ("sampling", "ppo", "logprobs") else "tokens"
+    c = SimpleNamespace(**runs[0])
+    what = (f"{c.batch} {'pairs' if c.run == 'reward' else 'rows'} of {c.query} + {c.response} tokens, "
+            f"{c.n_layer} layers of {c.n_embd}, vocabulary {c.vocab_size}")
+    if c.run == "attention":
+        what = f"forward and backward, B = {c.batch}, H = {c.n_head}, T = {c.query}, D = {c.n_embd // c.n_head}, causal"
+    if c.run == "ppo":
+        what += f", epochs: {c.epochs}, minibatches: {c.minibatches}"
+    counted = "response tokens" if c.run in RESPONSES_COUNT else "tokens"
     ours = list(dict.fromkeys(p for r in runs for p in r.get("speed_of_ours", ())))
+    names = [f"{r['who']} {r['label']}" for r in runs]
+    wide = max(map(len, names)) + 2
+    heads = "".join(f"{f'ours {p}':>11}" for p in ours)
     lines = [f"{name}: {what}; {counted} per second",
-             f"  {'':30}{'':13}{'seconds (min – max)':>26}{'tokens/s':>11}{'peak MB':>9}" + "".join(f"{f'ours {p}':>11}" for p in ours)]
-    for r in runs:
-        head = f"  {r['who'] + ' ' * bool(r['label']) + r['label']:30}{r['precision']:13}"
+             f"{'':{wide + 15}}{'seconds (min – max)':>26}{'tokens/s':>11}{'peak MB':>9}{heads}"]
+    for r, who in zip(runs, names):
+        head = f"  {who:{wide}}{r['precision']:13}"
         if "error" in r:
             lines.append(f"{head}  failed: {r['error']}")
             continue
@@ -334,11 +344,11 @@ def installed_peers(args):
 
 def plan(args, cases, precisions, installed):
     """-> [(name, runs)] in the order in which they are measured."""
+    from sft import DataError
     names = list(cases) + ["growth"] * (not args.gpu)
     chosen = args.only.split(",") if args.only else names
     for name in chosen:
         if name not in names:
-            from sft import DataError
             raise DataError(f"--only {name}: there is no such case; choose among {','.join(names)}")
     sections = [(name, contenders(cases[name], precisions, installed)) for name in names if name in chosen and name != "growth"]
     if "growth" in chosen:
@@ -355,24 +365,37 @@ def plan(args, cases, precisions, installed):
     return sections
 
 
+def measure_all(sections, rounds, path, about):
+    """Case by case: the rounds, the table's lines, the JSON lines."""
+    from tqdm import tqdm
+    with open(path, "a") as out, tqdm(total=rounds * sum(len(runs) for _, runs in sections), unit="process") as bar:
+        for name, runs in sections:
+            for _ in range(rounds):
+                for c in runs:
+                    bar.set_description(f"{name}, {c['who']} {c['precision']} {c['label']}".strip())
+                    add_round(c)
+                    bar.update()
+            bar.write(table(name, summarize(runs)))
+            out.writelines(json.dumps(about | c) + "\n" for c in runs)
+            out.flush()
+
+
 def main():
     import torch
-    from tqdm import tqdm
     from model import choose_precision
     from sft import DataError, Parser
     parser = Parser(__doc__)
-    parser.add_argument("--only", help=f"comma list of cases; CPU: {','.join(CPU_CASES)},growth; with --gpu: {','.join(GPU_CASES)}")
+    parser.add_argument("--only", help=f"comma list of cases: {','.join(CPU_CASES)},growth; with --gpu {','.join(GPU_CASES)}")
     parser.add_argument("--gpu", action="store_true", help="the GPU cases instead of the CPU cases")
-    parser.add_argument("--quick", action="store_true", help="one round, half the repeats; growth at 2x only and without the peers")
+    parser.add_argument("--quick", action="store_true", help="one round, half the repeats; growth at 2x only, without peers")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, once: does every case run? The times mean nothing")
     parser.add_argument("--ours", action="store_true", help="leave all peers out")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="folder with nanoGPT's model.py")
     parser.add_argument("--rounds", type=int, help="processes per contender (default 3, with --gpu 2, with --quick or --smoke 1)")
     parser.add_argument("--repeats", type=int, help="timed repeats in each process (default by case)")
     parser.add_argument("--threads", type=int, help="CPU threads (default PyTorch's choice)")
-    parser.add_argument("--peak-tflops", type=float, help="the GPU's dense bf16 peak, for the MFU of cards that are not in the table")
-    parser.add_argument("--out", default=os.path.join("out", "bench.jsonl"), help="file that JSON lines are added to (default out/bench.jsonl)")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a child gets, see below
+    parser.add_argument("--peak-tflops", type=float, help="the GPU's dense bf16 peak, for the MFU of a card unknown here")
+    parser.add_argument("--out", default="out/bench.jsonl", help="file that JSON lines are added to (default out/bench.jsonl)")
     args = parser.parse_args()
     for name in ("rounds", "repeats", "threads", "peak_tflops"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
@@ -392,29 +415,20 @@ def main():
     sections = plan(args, cases, precisions, installed_peers(args))
     rounds = args.rounds or (1 if args.quick or args.smoke else 2 if args.gpu else 3)
 
-    about = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(device), "torch": torch.__version__}
-    print(f"{about['machine']}, {args.threads or torch.get_num_threads()} threads, torch {about['torch']}, {about['date']}; rounds: {rounds}; "
-          f"ours by default: {default}")
+    about = {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": machine(device), "torch": torch.__version__}
+    print(f"{about['machine']}, {args.threads or torch.get_num_threads()} threads, torch {about['torch']}, {about['date']}; "
+          f"rounds: {rounds}; our default precision: {default}")
     print("'ours fp32 2.00x' in a peer's row: our median is half of its median, we are twice as fast")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         print(f"others are using this machine (load {os.getloadavg()[0]:.1f}): the times will be noisy")
     print(flush=True)
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    failed = False
-    with open(args.out, "a") as out, tqdm(total=rounds * sum(len(runs) for _, runs in sections), unit="process") as bar:
-        for name, runs in sections:
-            for _ in range(rounds):
-                for c in runs:
-                    bar.set_description(f"{name}, {c['who']} {c['precision']} {c['label']}".strip())
-                    add_round(c)
-                    bar.update()
-            summarize(runs)
-            failed = failed or any("error" in c for c in runs)
-            bar.write(table(name, runs))
-            out.writelines(json.dumps(about | c) + "\n" for c in runs)
-            out.flush()
+    try:
+        measure_all(sections, rounds, args.out, about)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; finished cases are in {args.out}")
     print(f"every time in {args.out}")
-    sys.exit(int(failed))
+    sys.exit(int(any("error" in c for _, runs in sections for c in runs)))
 
 
 if __name__ == "__main__":

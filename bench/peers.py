@@ -44,9 +44,10 @@ def autocast(c):
 def gpt2(c, kind, **more):
     """A random transformers model of the case's shape; kind is GPT2LMHeadModel or GPT2ForSequenceClassification."""
     import transformers
-    config = transformers.GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
-                                     n_positions=max(c.n_positions, c.query + c.response), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                                     bos_token_id=0, eos_token_id=0, pad_token_id=1, **more)
+    config = transformers.GPT2Config(
+        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
+        n_positions=max(c.n_positions, c.query + c.response), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, **more)
     with torch.device(c.device):
         model = getattr(transformers, kind)(config)
     return model.to(torch.bfloat16) if c.precision == "bf16 weights" else model
@@ -95,8 +96,8 @@ def sampling_transformers(c):
     from transformers import GenerationConfig
     model = gpt2(c, "GPT2LMHeadModel").eval()
     model.generation_config.eos_token_id = None  # nothing stops: every response has its full length
-    config = GenerationConfig(max_new_tokens=c.response, do_sample=True, temperature=c.temperature, top_k=0, top_p=1.0, pad_token_id=1,
-                              cache_implementation="static" if c.variant == "static cache" else None)
+    config = GenerationConfig(max_new_tokens=c.response, do_sample=True, temperature=c.temperature, top_k=0, top_p=1.0,
+                              pad_token_id=1, cache_implementation="static" if c.variant == "static cache" else None)
     queries = random_ids(c, c.batch, c.query).to(c.device)
     mask = torch.ones_like(queries)
 
@@ -121,8 +122,8 @@ def sft_nanogpt(c):
     spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(c.nanogpt, "model.py"))
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.GPTConfig(block_size=max(c.n_positions, c.query + c.response), vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
-                              n_embd=c.n_embd, dropout=0.0, bias=True)
+    config = module.GPTConfig(block_size=max(c.n_positions, c.query + c.response), vocab_size=c.vocab_size, n_layer=c.n_layer,
+                              n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=True)
     with torch.device(c.device):
         model = module.GPT(config)
     rows = random_ids(c, c.batch, c.query + c.response).to(c.device)
@@ -201,8 +202,8 @@ def reward_trl(c):
     queries = random_ids(c, laps * c.batch, c.query)
     chosen, rejected = (torch.cat([queries, random_ids(c, laps * c.batch, c.response)], 1).tolist() for _ in range(2))
     with tempfile.TemporaryDirectory() as scratch:
-        config = RewardConfig(output_dir=scratch, per_device_train_batch_size=c.batch, max_steps=laps, max_length=c.query + c.response,
-                              bf16=c.precision == "bf16", disable_dropout=True, **TRAINER)
+        config = RewardConfig(output_dir=scratch, per_device_train_batch_size=c.batch, max_steps=laps,
+                              max_length=c.query + c.response, bf16=c.precision == "bf16", disable_dropout=True, **TRAINER)
         RewardTrainer(model=model, args=config, train_dataset=Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected}),
                       processing_class=word_tokenizer(c), callbacks=[callback]).train()
     return seconds
@@ -218,9 +219,10 @@ def ppo_trl(c):
     laps, callback, seconds = c.warmup + c.repeats, *stopwatch(c.warmup + c.repeats)
     data = Dataset.from_dict({"input_ids": random_ids(c, c.batch * (laps + 1), c.query).tolist()})
     with tempfile.TemporaryDirectory() as scratch:
-        config = PPOConfig(output_dir=scratch, per_device_train_batch_size=c.batch, gradient_accumulation_steps=1, num_mini_batches=c.minibatches,
-                           num_ppo_epochs=c.epochs, total_episodes=c.batch * laps, local_rollout_forward_batch_size=c.batch,
-                           response_length=c.response, stop_token=None,  # nothing stops: every response has its full length
+        config = PPOConfig(output_dir=scratch, per_device_train_batch_size=c.batch, gradient_accumulation_steps=1,
+                           num_mini_batches=c.minibatches, num_ppo_epochs=c.epochs, total_episodes=c.batch * laps,
+                           local_rollout_forward_batch_size=c.batch, response_length=c.response,
+                           stop_token=None,  # nothing stops: every response has its full length
                            temperature=c.temperature, num_sample_generations=0, learning_rate=1e-5, bf16=False, **TRAINER)
         PPOTrainer(args=config, processing_class=word_tokenizer(c), model=policy, ref_model=ref_policy, reward_model=reward_model,
                    value_model=value_model, train_dataset=data, eval_dataset=data, callbacks=[callback]).train()
