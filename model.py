@@ -580,13 +580,16 @@ class GPT(nn.Module):
         if Q + R > c.n_positions:
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {c.n_positions} positions")
         static = device.type == "cuda" if static is None else static
-        layers = [[w.to(dtype) for w in (b.c_attn.weight, b.c_attn.bias, b.attn_proj.weight, b.attn_proj.bias,
-                                         b.c_fc.weight, b.c_fc.bias, b.mlp_proj.weight, b.mlp_proj.bias)]
-                  for b in self.blocks]
-        wte = self.wte.weight.to(dtype) if device.type == "cuda" else self.wte.weight
+        step_dtype = torch.float32 if device.type == "cpu" else dtype  # a few rows gain nothing from bf16 on a CPU
 
-        def through_blocks(x, attend, at=None):
+        def weights(dtype):
+            return [[w.to(dtype) for w in (b.c_attn.weight, b.c_attn.bias, b.attn_proj.weight, b.attn_proj.bias,
+                                           b.c_fc.weight, b.c_fc.bias, b.mlp_proj.weight, b.mlp_proj.bias)]
+                    for b in self.blocks]
+
+        def through_blocks(x, layers, attend, at=None):
             """x [N, d] in float32; attend(layer, q, k, v) does the attention. The answer at the rows `at` alone."""
+            dtype = layers[0][0].dtype
             for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.blocks, layers)):
                 q, k, v = F.linear(block.ln_1(x).to(dtype), w1, b1).chunk(3, -1)
                 a = attend(i, q, k, v)
@@ -600,8 +603,7 @@ class GPT(nn.Module):
         # 1. prefill: each query once
         prompt = F.pad(tokens, (0, min(round_up(Q, 16), c.n_positions) - Q))
         Q16 = prompt.shape[1]
-        cache_dtype = torch.float32 if device.type == "cpu" else dtype  # a CPU copies slices of bf16 before a product
-        past = torch.empty(c.n_layer, 2, B, H, Q16, D, dtype=cache_dtype, device=device)
+        past = torch.empty(c.n_layer, 2, B, H, Q16, D, dtype=step_dtype, device=device)
 
         def attend_prompt(i, q, k, v):
             q, k, v = (a.view(B, Q16, H, D).transpose(1, 2) for a in (q, k, v))
@@ -609,18 +611,19 @@ class GPT(nn.Module):
             return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
 
         x = (self.wte(prompt) + self.wpe.weight[:Q16]).flatten(0, 1)
-        x = through_blocks(x, attend_prompt, torch.arange(B, device=device) * Q16 + lengths - 1)
+        x = through_blocks(x, weights(dtype), attend_prompt, torch.arange(B, device=device) * Q16 + lengths - 1)
         x = x.repeat_interleave(n, 0)  # [B·n, d], from which y_0 is drawn
 
         # 2. one token per step. The rows in work are m samples of each of P queries:
         P, m = B, n
+        layers, wte = weights(step_dtype), self.wte.weight.to(step_dtype)
         row = torch.arange(B * n, device=device)  # where in the batch they stand
         alive = torch.ones(B * n, dtype=torch.bool, device=device)
         position = lengths.repeat_interleave(n)  # of the token to come
         t = torch.zeros(1, dtype=torch.long, device=device)  # its number; a tensor, so that a CUDA graph can count
-        keys = torch.zeros(c.n_layer, B * n, H, D, R, dtype=cache_dtype, device=device)
-        values = torch.zeros(c.n_layer, B * n, H, R, D, dtype=cache_dtype, device=device)
-        mask = torch.full((B, 1, 1, Q16 + R), float("-inf"), dtype=cache_dtype, device=device)  # added to the scores
+        keys = torch.zeros(c.n_layer, B * n, H, D, R, dtype=step_dtype, device=device)
+        values = torch.zeros(c.n_layer, B * n, H, R, D, dtype=step_dtype, device=device)
+        mask = torch.full((B, 1, 1, Q16 + R), float("-inf"), dtype=step_dtype, device=device)  # added to the scores
         mask[..., :Q16].masked_fill_((torch.arange(Q16, device=device) < lengths[:, None])[:, None, None], 0)
         uniform = torch.rand(B * n, R, generator=generator).to(device)
         sampled = torch.zeros(B * n, R, dtype=torch.long, device=device)
@@ -629,7 +632,7 @@ class GPT(nn.Module):
 
         def choose():
             """y_t of every row, from the hidden state before it."""
-            z = logits(x, wte, dtype)
+            z = logits(x, wte, step_dtype)
             if temperature == 0:
                 token.copy_(z.argmax(-1))  # greedy: all mass on one token, log-probability 0
             else:
@@ -645,18 +648,18 @@ class GPT(nn.Module):
         def read(width):
             """Take y_t in: the hidden state before y_{t+1}. The response cache is read up to column `width`."""
             def attend(i, q, k, v):
-                keys[i].index_copy_(3, t, k.view(-1, H, D, 1).to(cache_dtype))
-                values[i].index_copy_(2, t, v.view(-1, H, 1, D).to(cache_dtype))
-                q = q.view(-1, H, 1, D).to(cache_dtype) / math.sqrt(D)
+                keys[i].index_copy_(3, t, k.view(-1, H, D, 1))
+                values[i].index_copy_(2, t, v.view(-1, H, 1, D))
+                q = q.view(-1, H, 1, D) / math.sqrt(D)
                 to_query = q.view(P, m, H, D).transpose(1, 2) @ past[i, 0].transpose(-1, -2)  # [P, H, m, Q]
                 to_self = (q @ keys[i, ..., :width]).view(P, m, H, width).transpose(1, 2)  # [P, H, m, width]
                 weights = (torch.cat([to_query, to_self], -1) + mask[..., :Q16 + width]).softmax(-1)
                 from_query = (weights[..., :Q16] @ past[i, 1]).transpose(1, 2)  # [P, m, H, D]
                 from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, width) @ values[i, :, :, :width]
-                return (from_query.reshape(-1, H * D) + from_self.view(-1, H * D)).to(dtype)
+                return from_query.reshape(-1, H * D) + from_self.view(-1, H * D)
 
             mask.index_fill_(3, Q16 + t, 0)
-            x.copy_(through_blocks(self.wte(token) + self.wpe(position), attend))
+            x.copy_(through_blocks(self.wte(token) + self.wpe(position), layers, attend))
             position.add_(1)
             t.add_(1)
 
