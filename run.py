@@ -27,7 +27,8 @@ from data import (DataError, encode_query, encode_response, load_comparisons, lo
                   save_encoding, save_json_lines, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, train_ppo
-from reward import CollectSettings, RewardSettings, collect, labeler_agreement, split_comparisons, train_reward
+from reward import (CollectSettings, RewardSettings, collect, labeler_agreement, normalising_rows, split_comparisons,
+                    train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, load_model, open_run, override, pick_device, run_main,
                  train_lm)
 
@@ -96,7 +97,14 @@ def preset(name):
         setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
     for part in vars(settings).values():
         part.validate()
+    check_together(settings)
     return settings
+
+
+def check_together(s, real=False):
+    """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
+    needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
+    check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,13 +179,15 @@ def stage_collect(run):
     """Comparisons, from the labelers of the embedded world or from a file of human ones."""
     s, rng = run.settings.collect, random.Random(f"collect-{run.seed}")
     if run.comparisons_file is None:
-        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, seed=run.seed)
+        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, tie=s.tie, seed=run.seed)
         sft, pretrained = (load_model(path(run, name), run.device) for name in ("sft", "pretrained"))
-        mixture = [("sft-0.3", sft, 0.3, 1), ("sft-0.5", sft, 0.5, 2), ("pretrained-0.5", pretrained, 0.5, 1)]
+        quarter = s.k // 4
+        mixture = [("sft-0.3", sft, 0.3, quarter), ("sft-0.5", sft, 0.5, s.k - 2 * quarter), ("pretrained-0.5", pretrained, 0.5, quarter)]
+        mixture = [policy for policy in mixture if policy[3]]
         comparisons = []
         for split, posts in (("train", "collect"), ("valid", "held_out")):
             comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
-                                   torch.Generator().manual_seed(run.seed), rng, split)
+                                   torch.Generator().manual_seed(run.seed), rng, split, s.labels)
         agreement = labeler_agreement(labeler, comparisons)
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
@@ -201,8 +211,7 @@ def stage_reward(run):
     torch.manual_seed(run.seed)
     model = load_model(path(run, "sft"), run.device, "scalar")
     train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R)
-    train_reward(model, train, encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R), run.settings.reward, path(run, "reward"),
-                 run.seed)
+    train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, path(run, "reward"), run.seed)
     rows = evaluation.reward_margins(model, held_out, comparisons)
     save_json_lines(path(run, "reward", "held_out.jsonl"), rows)
     m = evaluation.measure_reward(rows)
@@ -314,6 +323,7 @@ def main():
     settings = preset(name)
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
+    check_together(settings, real=args.comparisons is not None)
     out = args.out or os.path.join("out", f"{name}-seed{args.seed}")
     open_folder(out, {"preset": name, "seed": args.seed, "posts": args.posts, "comparisons": args.comparisons,
                       "settings": dataclasses.asdict(settings)})
