@@ -26,7 +26,7 @@ import world
 from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
                   save_encoding, save_json_lines, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
-from ppo import PPOSettings, train_ppo
+from ppo import PPOSettings, pretraining_rows, train_ppo
 from reward import (CollectSettings, RewardSettings, collect, labeler_agreement, normalising_rows, split_comparisons,
                     train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, load_model, open_run, override, pick_device, run_main,
@@ -222,7 +222,8 @@ def stage_reward(run):
 def stage_ppo(run):
     """PPO against the reward model."""
     posts = [p for p in run.posts["pretrain"] if world.in_task(p)]
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device)
+    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device,
+              pretraining=pretraining_rows(run, run.settings.ppo))
 
 
 def stage_evaluation(run):

@@ -58,12 +58,22 @@ def check(ok, message):
         raise DataError(f"setting out of range: {message}")
 
 
-def make_optimizer(models, lr, weight_decay):
-    """AdamW (betas 0.9, 0.95) over one or several models; weight decay on matrices only."""
+def make_optimizer(models, lr, weight_decay, beta2=0.95, eps=1e-8):
+    """AdamW over one or several models; weight decay on matrices only."""
     params = [p for model in models for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=params[0].device.type != "mps")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=params[0].device.type != "mps")
+
+
+def tf_adam_step(optimizer, eps):
+    """optimizer.step() as TensorFlow 1 takes it: Δ = -lr √(1 - β2^t) / (1 - β1^t) · m / (√v + ε).
+
+    PyTorch adds its ε to √(v / (1 - β2^t)): with ε / √(1 - β2^t) the two are one. At β2 = 0.999 the first step's ε is 32 times as large."""
+    t = 1 + int(next(iter(optimizer.state.values()), {"step": 0})["step"])
+    for group in optimizer.param_groups:
+        group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** t)
+    optimizer.step()
 
 
 def cosine(step, steps, warmup, final):

@@ -8,7 +8,7 @@ from conftest import random_rows, tiny_model
 import sft
 from data import DataError
 from sft import (MetricsLog, SFTSettings, batches, cosine, evaluate_lm, lm_loss, load_state, make_optimizer, read_metrics,
-                 row_loss, save_state, train_lm)
+                 row_loss, save_state, tf_adam_step, train_lm)
 
 
 def nats(model, ids, i):
@@ -85,6 +85,35 @@ def test_training_learns_and_weight_decay_spares_vectors(g, tmp_path):
     assert decayed["weight_decay"] == 0.1 and all(p.dim() == 2 for p in decayed["params"])
     assert spared["weight_decay"] == 0 and all(p.dim() == 1 for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_tf_adam_by_hand():
+    """Catches ε on the wrong side of the bias correction, and a step counted from 0: a constant gradient of 1e-5, ε = 1e-5."""
+    for step, lr_share in ((tf_adam_step, {1: .0307, 10: .0907, 1000: .443}), (lambda o, eps: o.step(), {1: .5, 10: .5, 1000: .5})):
+        p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        optimizer, before = torch.optim.AdamW([p], lr=1.0, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0), 0.0
+        for t in range(1, 1001):
+            p.grad = torch.full((1,), 1e-5, dtype=torch.float64)
+            step(optimizer, 1e-5)
+            if t in lr_share:
+                assert before - p.item() == pytest.approx(lr_share[t], rel=2e-3)
+            before = p.item()
+
+
+def test_tf_adam_against_its_formula(g):
+    """TensorFlow 1's own update, written out, on gradients that change; a new optimizer goes on from the old one's state."""
+    p, other = torch.zeros(5, dtype=torch.float64, requires_grad=True), torch.zeros(5, dtype=torch.float64)
+    m = v = torch.zeros(5, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p], lr=0.1, betas=(0.9, 0.95), eps=1.0, weight_decay=0.0)
+    for t in range(1, 21):
+        p.grad = torch.randn(5, generator=g, dtype=torch.float64) * 1e-3
+        m, v = 0.9 * m + 0.1 * p.grad, 0.95 * v + 0.05 * p.grad ** 2
+        other = other - 0.1 * math.sqrt(1 - 0.95 ** t) / (1 - 0.9 ** t) * m / (v.sqrt() + 1e-4)
+        if t == 10:
+            state, optimizer = optimizer.state_dict(), torch.optim.AdamW([p], lr=0.1)
+            optimizer.load_state_dict(state)
+        tf_adam_step(optimizer, 1e-4)
+        torch.testing.assert_close(p.detach(), other, atol=1e-12, rtol=0)
 
 
 def test_training_resumes_bit_for_bit(g, tmp_path, monkeypatch):
