@@ -357,13 +357,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
         self.mlp_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+        self.dropout = 0.0  # on what each half adds; sft.dropout turns it on for a training step, and off again
 
     def forward(self, x):  # [B, T, d]
         B, T, d = x.shape
         q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        x = x + self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, d))
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
-
+        x = x + F.dropout(self.attn_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
+        return x + F.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")), self.dropout, self.training)
 
     def branch(self, x, y, visible):
         """The same block for n responses y [P, n, R, d] that share the query x [P, Q, d]: a response attends to the query,

@@ -27,10 +27,10 @@ from data import (DataError, encode_query, encode_response, load_comparisons, lo
                   save_encoding, save_json_lines, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, pretraining_rows, train_ppo
-from reward import (CollectSettings, RewardSettings, collect, labeler_agreement, normalising_rows, split_comparisons,
-                    train_reward)
-from sft import (Parser, SFTSettings, add_settings, check, encode_posts, load_model, open_run, override, pick_device, run_main,
-                 train_lm)
+from reward import (CollectSettings, RewardSettings, collect, labeler_agreement, normalising_rows, sample_responses, score_all,
+                    split_comparisons, train_reward)
+from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
+                 pick_device, run_main, train_lm)
 
 
 @dataclass
@@ -105,6 +105,7 @@ def check_together(s, real=False):
     """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,8 +220,28 @@ def stage_reward(run):
     print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{ceiling}, 'longer wins' {m['longer_wins']:.1%}")
 
 
+def choose_sft(run):
+    """The SFT checkpoint whose samples for held-out prompts the reward model likes best becomes sft/. (InstructGPT appendix C.1)
+
+    A reward model starts from an SFT model whose samples were compared. Both are therefore made with the checkpoint of the lowest
+    held-out loss, which takes the part of the paper's earlier SFT model, and PPO begins with the one chosen here."""
+    scores, queries = {}, [encode_query(run.enc, p, run.Q) for p in run.posts["valid"]]
+    reward_model = load_model(path(run, "reward"), run.device, "scalar")
+    for epoch in range(1, run.settings.sft.epochs + 1):
+        policy, generator = load_model(epoch_folder(path(run, "sft"), epoch), run.device), torch.Generator().manual_seed(run.seed)
+        responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator)
+        scores[epoch] = score_all(reward_model, queries, responses).mean().item()
+    chosen = max(scores, key=scores.get)
+    load_model(epoch_folder(path(run, "sft"), chosen), run.device).save_pretrained(path(run, "sft"))
+    losses = epoch_losses(path(run, "sft"))
+    write_atomic(path(run, "sft", "chosen.json"), json.dumps({"epoch": chosen, "scores": scores, "losses": losses}))
+    print(f"the reward model chooses the SFT model of epoch {chosen}; scores by epoch {', '.join(f'{x:.2f}' for x in scores.values())}")
+
+
 def stage_ppo(run):
     """PPO against the reward model."""
+    if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
+        choose_sft(run)
     posts = [p for p in run.posts["pretrain"] if world.in_task(p)]
     train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device,
               pretraining=pretraining_rows(run, run.settings.ppo))

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import run
-from data import DataError
+from data import DataError, encode_query
+from reward import sample_responses
+from sft import load_model, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -146,7 +149,8 @@ def test_another_configuration_is_refused_by_name(finished):
     (["--model.n_embd", "33"], ["n_embd"]), (["--model.vocab_size", "10"], ["vocab_size"]), (["--preset", "huge"], ["huge"]),
     (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
     (["--posts", "x.jsonl"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["x.jsonl does not exist"]),
-    (["--out", "/dev/null/run"], ["/dev/null"])])
+    (["--out", "/dev/null/run"], ["/dev/null"]), (["--reward.loss", "kwise"], ["collect.labels rank"]),
+    (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
 def test_bad_settings_are_one_sentence(tmp_path, args, says):
     refused(script("run.py", "--preset", "test", *(["--out", tmp_path / "new"] if "--out" not in args else []), *args), *says)
 
@@ -199,6 +203,54 @@ def test_checkpoint_of_another_shape_is_one_sentence(finished, tmp_path):
     refused(script("run.py", "--preset", "test", "--out", out, "--device", "cpu"), "shape")
     (out / "sft" / "model.safetensors").write_bytes(b"not a model")
     refused(script("run.py", "--preset", "test", "--out", out, "--device", "cpu"), "sft")
+
+
+def options(text):
+    return [word for setting in text.split() for word in ("--" + setting).split("=")]
+
+
+def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
+    """Best of four, gain and bias, a shared value head, adaptive KL, whitened rewards, truncation at '.', TensorFlow's Adam."""
+    out = tmp_path / "out"
+    done = script("run.py", "--preset", "test", "--out", out, "--device", "cpu", *options(
+        "collect.labels=best_of reward.loss=best_of reward.normalise=gain_bias ppo.value=shared ppo.kl=adaptive ppo.kl_horizon=50 "
+        "ppo.whiten_rewards=true ppo.stop_token=. ppo.truncate_after=4 ppo.tf_adam=true ppo.adam_eps=1e-5 ppo.adam_beta2=0.999"))
+    assert done.returncode == 0, done.stderr
+    better = {}
+    for line in (out / "comparisons.jsonl").open():
+        row = json.loads(line)
+        better.setdefault(row["info"]["id"], []).append(row["summaries"][row["choice"]]["text"])
+    assert len(better) == 24 and all(len(texts) <= 3 and len(set(texts)) == 1 for texts in better.values())
+    assert "score.weight" not in load_file(out / "ppo" / "model.safetensors") and "score.weight" in load_file(out / "ppo" / "value" / "model.safetensors")
+    rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
+    assert rows[1]["beta"] == pytest.approx(rows[0]["beta"] * (1 - 0.2 * 8 / 50))
+
+
+def test_choices_as_in_instructgpt_go_through_every_stage(tmp_path):
+    """Rankings of five, the K-wise loss, dropout, the SFT checkpoint that the reward model chooses, PPO-ptx, averaging."""
+    out = tmp_path / "out"
+    args = ("run.py", "--preset", "test", "--out", out, "--device", "cpu", *options(
+        "sft.epochs=3 sft.lr=5e-3 sft.dropout=0.2 sft.choose=reward collect.labels=rank collect.k=5 collect.tie=0.5 reward.loss=kwise "
+        "ppo.ptx_coef=1 ppo.ptx_ratio=2 ppo.ema=0.9"))
+    done = script(*args)
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((out / "sft" / "chosen.json").read_text())
+    # the choice, once more: each checkpoint's samples for the held-out prompts, scored one by one
+    r = open_run(str(out))
+    reward_model, scores = load_model(str(out / "reward"), "cpu", "scalar"), {}
+    queries = [encode_query(r.enc, p, r.Q) for p in r.posts["valid"]]
+    for epoch in "123":
+        samples = sample_responses(load_model(str(out / "sft" / f"epoch-{epoch}"), "cpu"), queries, r.R, 0.7, torch.Generator().manual_seed(1))
+        rows = [torch.tensor([q + s]) for q, s in zip(queries, samples)]
+        with torch.no_grad():
+            scores[epoch] = sum(reward_model.scores(row, torch.tensor([row.shape[1]])).item() for row in rows) / len(rows)
+    assert chosen["scores"] == pytest.approx(scores, abs=2e-2) and len(set(scores.values())) == 3  # bf16 in other batches
+    assert chosen["scores"][str(chosen["epoch"])] == max(chosen["scores"].values()) and set(chosen["losses"]) == set("123")
+    a, b = (load_file(out / "sft" / name / "model.safetensors") for name in (".", f"epoch-{chosen['epoch']}"))
+    assert all((a[k] == b[k]).all() for k in a)
+    assert all("ptx_loss" in json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open())
+    again = script(*args)
+    assert again.returncode == 0 and again.stdout.count("done before") == len(run.STAGES) and "chooses" in done.stdout
 
 
 def test_every_preset_builds_and_validates():
