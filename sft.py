@@ -74,7 +74,8 @@ def make_optimizer(models, lr, weight_decay, beta2=0.95, eps=1e-8):
 def tf_adam_step(optimizer, eps):
     """optimizer.step() as TensorFlow 1 takes it: Δ = -lr √(1 - β2^t) / (1 - β1^t) · m / (√v + ε).
 
-    PyTorch adds its ε to √(v / (1 - β2^t)): with ε / √(1 - β2^t) the two are one. At β2 = 0.999 the first step's ε is 32 times as large."""
+    PyTorch adds its ε to √(v / (1 - β2^t)): with ε / √(1 - β2^t) the two are one. (Ziegler's code; at β2 = 0.999 the first ε is 32 times as
+    large, and so the first steps on small gradients are far shorter.)"""
     t = 1 + int(next(iter(optimizer.state.values()), {"step": 0})["step"])
     for group in optimizer.param_groups:
         group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** t)

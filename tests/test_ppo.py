@@ -72,7 +72,7 @@ def test_policy_loss_by_hand(advantage, ratio, loss, clipped):
     assert stats["clip_fraction"] == clipped
 
 
-@pytest.mark.parametrize("value, ret, loss", [(1, .9, .02), (1, .4, .18), (.6, .9, .045)])
+@pytest.mark.parametrize("value, ret, loss", [(1, .9, .02), (1, .4, .18), (.6, .9, .045), (.8, 1., .045)])
 def test_value_loss_by_hand(value, ret, loss):
     """Catches a lost ½, min for max, and clipping around anything but the old value."""
     out, _ = value_loss(torch.tensor([[float(value)]]), torch.tensor([[.5]]), torch.tensor([[ret]]), torch.ones(1, 1), 0.2)
@@ -432,6 +432,14 @@ def test_update_raises_what_had_an_advantage(iteration, g):
     assert ((now - r.logprobs) * r.advantages)[r.mask].mean() > 0.01
 
 
+def test_update_brings_values_closer_to_returns(iteration, g):
+    """Catches a value loss that is climbed, or weighted away."""
+    policy, _, _, value, s, _, r = iteration
+    error = lambda v: ((v - r.returns)[r.mask] ** 2).mean().item()
+    update(policy, value, make_optimizer([policy, value], s.lr, 0.0), r, s, g)
+    assert error(value.values(r.tokens, r.query_lengths, r.lengths, r.mask.shape[1])) < 0.9 * error(r.values)
+
+
 def test_update_refuses_a_policy_that_did_not_sample(iteration, g):
     """Catches a temperature that differs between sampling and training, at run time."""
     policy, _, _, value, s, _, r = iteration
@@ -678,6 +686,15 @@ def test_adaptive_kl_steers_the_next_rollout(enc, run_folder, tmp_path):
     for now, then in zip(rows, rows[1:]):
         assert then["beta"] == pytest.approx(now["beta"] * (1 + max(-.2, min(.2, now["kl_k1"] / .05 - 1)) * 4 / 16))
     assert rows[0]["beta"] == .05 and len({row["beta"] for row in rows}) > 2
+
+
+@pytest.mark.parametrize("kind", ["separate", "scratch"])
+def test_value_model_is_trained(enc, run_folder, tmp_path, kind):
+    """Catches an optimizer that has the policy alone."""
+    before = GPT.from_pretrained(run_folder / ("reward" if kind == "separate" else "sft"), "scalar").state_dict()
+    policy, value = train(run_folder, enc, tmp_path / "out", PPOSettings(**PLAIN, value=kind))[0]
+    for weights in (policy, value):
+        assert (weights["transformer.wte.weight"] - before["wte.weight"]).abs().max() > 1e-4
 
 
 def test_value_models_start_where_they_should(enc, run_folder):

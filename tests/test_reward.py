@@ -1,5 +1,7 @@
 """reward.py: the loss and its sign, which text stands behind which score, training, the shift."""
+import dataclasses
 import itertools
+import math
 import random
 from types import SimpleNamespace
 
@@ -206,7 +208,8 @@ def test_normalising_rows_are_references_or_samples(enc, g, tmp_path):
     posts = [comparison(str(i), "a", "b", 0)["info"] | {"summary": "good cat"} for i in range(3)]
     model = tiny_model(vocab_size=enc.n_vocab, n_positions=90)
     model.save_pretrained(tmp_path / "sft")
-    run = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"sft": posts}, Q=80, R=6, seed=0, config={"settings": {"ppo": {"temperature": 1e-4}}})
+    config = {"settings": {"ppo": {"temperature": 1e-4}}}
+    run = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"sft": posts}, Q=80, R=6, seed=0, config=config)
     queries, references = reward.normalising_rows(run, RewardSettings(), "cpu")
     same, samples = reward.normalising_rows(run, RewardSettings(normalise="gain_bias"), "cpu")
     assert queries == same == [encode_query(enc, p, 80) for p in posts]
@@ -273,8 +276,9 @@ def test_group_loss_is_the_loss_of_the_labels():
     scores = torch.tensor([[.3, -.2, 1.1], [.7, .4, 0.]])
     assert torch.equal(ranks_of(UNEVEN)[0], torch.tensor([1., 0, 1])) and ranks_of(UNEVEN)[1].isnan().tolist() == [False, False, True]
     one, two = scores[0].exp(), scores[1, :2].exp()
-    assert group_loss(scores, UNEVEN, "best_of").item() == pytest.approx(-((one[1] / one.sum()).log() + (two[0] / two.sum()).log()).item() / 2, abs=1e-6)
-    nll = [-torch.log(1 / (1 + torch.exp(l - w))).item() for w, l in [(-.2, .3), (-.2, 1.1), (.7, .4)] for w, l in [torch.tensor([w, l])]]
+    both = (one[1] / one.sum()).log() + (two[0] / two.sum()).log()
+    assert group_loss(scores, UNEVEN, "best_of").item() == pytest.approx(-both.item() / 2, abs=1e-6)
+    nll = [math.log(1 + math.exp(l - w)) for w, l in [(-.2, .3), (-.2, 1.1), (.7, .4)]]
     assert group_loss(scores, UNEVEN, "kwise").item() == pytest.approx(((nll[0] + nll[1]) / 2 + nll[2]) / 2, abs=1e-6)
     assert group_loss(scores, UNEVEN, "pairwise").item() == pytest.approx(sum(nll) / 3, abs=1e-6)
 
@@ -312,7 +316,7 @@ def test_training_learns_from_choices_and_rankings(tmp_path, loss):
     assert accuracy(model, ranked(50, 1)) > 0.98
     train_reward(tiny_model("scalar"), ranked(200, 0), rows, RewardSettings(lr=3e-3, batch=8, warmup=3), str(tmp_path / "pairwise"), 0)
     first, other = (read_metrics(tmp_path / name)[0]["loss"] for name in (loss, "pairwise"))
-    assert loss == "kwise" or abs(first - other) > .1  # every post has six pairs: here the two agree before the first step
+    assert (abs(first - other) > .1) == (loss == "best_of")  # every post has six pairs: here kwise and pairwise begin alike
 
 
 def test_shuffled_comparisons_are_the_same_ones_in_as_many_steps(tmp_path):
@@ -336,6 +340,23 @@ def test_shuffled_comparisons_are_the_same_ones_in_as_many_steps(tmp_path):
     assert [pairs for pairs, _ in sizes] == [32] * 10 and len(logs[True]) == len(logs[False]) == 5
     assert all(posts == 8 for _, posts in sizes[:5]) and min(posts for _, posts in sizes[5:]) > 12
     assert logs[True] != logs[False]
+
+
+SWITCHES = {"loss": "kwise", "group": False, "normalise": "gain_bias", "lr": 1e-3, "batch": 1, "epochs": 2, "warmup": 1, "final_lr": 1.,
+            "weight_decay": .5}
+
+
+@pytest.mark.parametrize("switch, value", [*SWITCHES.items(), ("loss", "best_of")])
+def test_no_switch_is_dead(g, tmp_path, switch, value):
+    """Catches a setting that nothing reads: other weights than without it, on posts with two and three summaries."""
+    assert set(SWITCHES) == {f.name for f in dataclasses.fields(RewardSettings)}
+    rows, weights = random_rows(g, n=8), []
+    for name, flipped in (("off", {}), ("on", {switch: value})):
+        model = tiny_model("scalar")
+        s = RewardSettings(**dict(batch=3, lr=1e-2, warmup=2, weight_decay=.1) | flipped)
+        train_reward(model, UNEVEN * 6, rows, s, str(tmp_path / name), 0)
+        weights.append(model.wte.weight)
+    assert (weights[0] - weights[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("settings, says", [
