@@ -397,9 +397,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
         self.mlp_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+        self.dropout = 0.0  # on what each half adds; sft.dropout turns it on for a training step, and off again
 
     def mlp(self, x):
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+        return x + F.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")), self.dropout, self.training)
 
     def forward(self, x, at=None):
         """x [B, T, d] -> [B, T, d], or [N, d] at the flat positions `at` [N] alone: the last block's answer is read at few."""
@@ -408,7 +409,7 @@ class Block(nn.Module):
         a = attention(q, k, v).transpose(1, 2).reshape(B, T, d)
         if at is not None:
             x, a = x.flatten(0, 1)[at], a.flatten(0, 1)[at]
-        return self.mlp(x + self.attn_proj(a))
+        return self.mlp(x + F.dropout(self.attn_proj(a), self.dropout, self.training))
 
     def branch(self, x, y, visible, at=None):
         """The same block for n responses y [P, n, R, d] that share the query x [P, Q, d]: a response attends to the query,

@@ -10,9 +10,11 @@ References: Ziegler 2019 §2.2 and its released code; Stiennon 2020 §3.4; Instr
 
 One iteration: sample responses (rollout), score them, give each token its share of the reward (shaped_rewards, gae), and
 take a few clipped steps on them (update). To change the reward, change `score` in stage 3 of rollout().
+Where the three papers differ there is a setting, named in PPOSettings with whose choice it is.
 Conventions: entry t of a [B, R] tensor belongs to response token y_t; the episode ends at EOS, where the score lands;
 everything behind is masked, ignored on input and 0 on output.
 """
+import copy
 import json
 import os
 import time
@@ -24,7 +26,8 @@ from tqdm import tqdm
 
 import world
 from data import DataError, decode_response, encode_query, pad_rows, save_vocabulary, write_atomic
-from sft import (MetricsLog, alone, batches, check, load_model, load_state, make_optimizer, run_main, save_state, set_lr)
+from sft import (MetricsLog, alone, batches, check, encode_posts, load_model, load_state, make_optimizer, row_loss, run_main,
+                 save_state, set_lr, tf_adam_step)
 
 
 @dataclass
@@ -34,14 +37,28 @@ class PPOSettings:
     batch: int = 64  # episodes per rollout
     minibatches: int = 2  # parts a rollout is cut into; one optimizer step each
     epochs: int = 4  # passes over each rollout
-    beta: float = 0.05  # KL coefficient (Stiennon 0.05, InstructGPT 0.02)
+    beta: float = 0.05  # KL coefficient (Stiennon 0.05, InstructGPT 0.02); where an adaptive one starts (Ziegler 0.15)
+    kl: str = "fixed"  # fixed or adaptive: how the KL coefficient goes on (Ziegler §2.2)
+    kl_target: float = 6.0  # adaptive: the KL to the reference, in nats per response, that it steers to
+    kl_horizon: int = 10000  # adaptive: episodes over which it steers; the papers' is 1 % of theirs
+    kl_reward: str = "k1"  # k1: each token pays log π - log π_ref; exact: each state pays its KL over the whole vocabulary
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
     clip: float = 0.2  # policy ratios are clipped to 1 ± clip
     value_clip: float = 0.2  # value predictions move at most so far from the old ones
     value_coef: float = 0.1  # weight of the value loss
+    value: str = "separate"  # value model: separate (begins as the reward model), scratch (as SFT) or shared with the policy (Ziegler)
+    whiten_rewards: bool = False  # rewards of a rollout are scaled to variance 1 (Ziegler's style tasks)
     temperature: float = 0.7  # of sampling and of every log-probability here
     no_eos_score: float = -1.0  # the score of a response that does not end within R tokens
+    stop_token: str = ""  # the text, one token, that ends a response; empty means EOS (Ziegler '.')
+    truncate_after: int = 0  # stop tokens before this index of the response do not count (Ziegler 16 of 24)
+    ptx_coef: float = 0.0  # PPO-ptx: weight of the pretraining loss, in nats per token; 0 is plain PPO (InstructGPT §3.5)
+    ptx_ratio: int = 8  # PPO-ptx: pretraining rows per episode
+    ema: float = 0.0  # decay per step of the weight average that becomes the policy; 0: the last weights do (InstructGPT 0.992)
+    adam_beta2: float = 0.95  # Adam's decay of squared gradients (InstructGPT 0.95, Ziegler 0.999)
+    adam_eps: float = 1e-8  # Adam's ε (Ziegler 1e-5)
+    tf_adam: bool = False  # ε where TensorFlow 1 adds it: smaller first steps (Ziegler's code)
     max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart
 
     def validate(self):
@@ -52,6 +69,15 @@ class PPOSettings:
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
         check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")
         check(self.temperature > 0, "temperature must be above 0: PPO needs a policy that samples")
+        check(self.kl in ("fixed", "adaptive"), "kl must be fixed or adaptive")
+        check(self.kl_target > 0 and self.kl_horizon > 0, "kl_target and kl_horizon must be above 0")
+        check(self.kl_reward in ("k1", "exact"), "kl_reward must be k1 or exact")
+        check(not (self.kl_reward == "exact" and self.whiten_rewards), "whiten_rewards goes with kl_reward k1 only")
+        check(self.value in ("separate", "scratch", "shared"), "value must be separate, scratch or shared")
+        check(self.truncate_after >= 0, "truncate_after must not be negative")
+        check(self.ptx_coef >= 0 and self.ptx_ratio > 0, "ptx_coef must not be negative and ptx_ratio must be above 0")
+        check(0 <= self.ema < 1 and 0 <= self.adam_beta2 < 1, "ema and adam_beta2 must be at least 0 and below 1")
+        check(self.adam_eps > 0, "adam_eps must be above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +97,15 @@ def shaped_rewards(score, logprobs, ref_logprobs, mask, beta):
     last = mask.sum(1) - 1
     rewards[torch.arange(len(score)), last] += score
     return rewards
+
+
+def own_kl_advantage(logprobs, ref_logprobs, kl, beta):
+    """-β (log π(y_t)/π_ref(y_t) - KL(s_t)), what an action adds where the reward is the exact KL of its state.  all [B, R]
+
+    KL(s_t) is the same whatever is done at s_t: as a reward it teaches to stay away from states where π differs from π_ref, but not
+    to differ less in them. The action's own share has mean 0 at every state and brings the rest of the gradient back: on average
+    it is the gradient with k1, less the noise of all later log ratios."""
+    return -beta * (logprobs - ref_logprobs - kl)
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -157,6 +192,39 @@ class AdaptiveKL:
         self.beta *= 1 + error * n_episodes / self.horizon
 
 
+def truncate(tokens, query_lengths, R, stop, after):
+    """A response ends with its first `stop` at index `after` or later; stops before that do not count. (Ziegler's code)
+
+    tokens [B, T] with R sampled tokens behind each query -> tokens [B, T], 0 behind the end; lengths [B]; ended [B]"""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    index = columns - query_lengths[:, None]  # within the response
+    stops = (tokens == stop) & (index >= after) & (index < R)
+    ended = stops.any(1)
+    lengths = torch.where(ended, stops.long().argmax(1) + 1, query_lengths + R)
+    return torch.where(columns < lengths[:, None], tokens, 0), lengths, ended
+
+
+@torch.no_grad()
+def move_average(average, model, decay):
+    """θ̄ ← decay · θ̄ + (1 - decay) · θ, in place. (InstructGPT appendix C.4)"""
+    for mean, p in zip(average.parameters(), model.parameters()):
+        mean.lerp_(p, 1 - decay)
+
+
+def ptx_backward(policy, pretraining, n, s, generator):
+    """PPO-ptx (InstructGPT eq. 2): to the policy's gradient adds that of ptx_coef · E[-log π(x)], x from pretraining. -> E[-log π(x)]
+
+    E is the mean over ptx_ratio draws of n rows, each a mean per token at temperature 1, tokens weighted as in pretraining; the policy
+    loss is a mean per token too. The paper does not state its normalisation. pretraining: queries, responses, query_weight."""
+    (queries, responses, query_weight), total = pretraining, 0.0
+    for _ in range(s.ptx_ratio):
+        rows = torch.randint(len(queries), (n,), generator=generator).tolist()
+        loss = row_loss(policy, [queries[i] for i in rows], [responses[i] for i in rows], query_weight) / s.ptx_ratio
+        (s.ptx_coef * loss).backward()
+        total += loss.item()
+    return total
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # one iteration
 
@@ -197,30 +265,38 @@ def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temp
 
 
 @torch.no_grad()
-def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, generator):
-    """Sample one response to each query and work out what each of its tokens was worth."""
+def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, generator, stop=None):
+    """Sample one response to each query and work out what each of its tokens was worth. stop: the token that ends one (EOS)."""
     # 1. sample
+    stop = policy.config.eos if stop is None else stop
     tokens, query_lengths = pad_rows(queries, policy.device)
-    tokens, lengths, sampled = policy.generate(tokens, query_lengths, R, s.temperature, policy.config.eos, generator)
+    tokens, _, sampled = policy.generate(tokens, query_lengths, R, s.temperature, None if s.truncate_after else stop, generator)
+    tokens, lengths, ended = truncate(tokens, query_lengths, R, stop, s.truncate_after)
     tokens = tokens[:, :int(lengths.max())]
     # 2. log-probabilities under policy and reference, at the temperature of the samples
     logprobs, ref_logprobs, mask, kl, entropy = compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R,
                                                                  s.temperature)
     sampler_gap = masked_mean((sampled - logprobs).abs(), mask)
     # 3. score; a response that did not end gets a fixed one instead
-    no_eos = tokens[torch.arange(len(tokens)), lengths - 1] != policy.config.eos
-    score = torch.where(no_eos, s.no_eos_score, reward_model.scores(tokens, lengths))
+    score = torch.where(ended, reward_model.scores(tokens, lengths), s.no_eos_score)
     # 4. per-token rewards, KL included
-    rewards = shaped_rewards(score, logprobs, ref_logprobs, mask, beta)
+    exact = s.kl_reward == "exact"
+    penalised = (kl, torch.zeros_like(kl)) if exact else (logprobs, ref_logprobs)  # their difference
+    rewards = shaped_rewards(score, *penalised, mask, beta)
+    if s.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
     # 5. advantages from the value model; returns from the advantages as they are, only then whitening
     values = value_model.values(tokens, query_lengths, lengths, R)
     advantages, returns = gae(rewards, values, mask, s.gamma, s.lam)
+    if exact:
+        advantages = advantages + own_kl_advantage(logprobs, ref_logprobs, kl, beta)
     return Rollout(tokens, query_lengths, lengths, mask, logprobs, sampler_gap, ref_logprobs, values, score, whiten(advantages, mask),
-                   returns, no_eos, kl.sum(1), masked_mean(entropy, mask))
+                   returns, ~ended, kl.sum(1), masked_mean(entropy, mask))
 
 
-def update(policy, value_model, optimizer, r, s, generator):
-    """epochs × minibatches of clipped steps on one rollout. -> mean statistics; first_* are the first minibatch's."""
+def update(policy, value_model, optimizer, r, s, generator, pretraining=None, average=None):
+    """epochs × minibatches of clipped steps on one rollout; pretraining is for ptx_backward, average moves along with the policy.
+    -> mean statistics; first_* are the first minibatch's."""
     totals, steps, first = {}, 0, None
     R = r.mask.shape[1]
     for _ in range(s.epochs):
@@ -236,9 +312,13 @@ def update(policy, value_model, optimizer, r, s, generator):
                 check_ratio(stats, policy.amp_dtype)
             optimizer.zero_grad(set_to_none=True)
             (pg + s.value_coef * vf).backward()
-            for model in (policy, value_model):
+            if s.ptx_coef:
+                stats["ptx_loss"] = ptx_backward(policy, pretraining, len(rows), s, generator)
+            for model in {policy, value_model}:  # one and the same where the value head is shared
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
-            optimizer.step()
+            tf_adam_step(optimizer, s.adam_eps) if s.tf_adam else optimizer.step()
+            if average is not None:
+                move_average(average, policy, s.ema)
             steps += 1
             for key, value in {"policy_loss": pg.item(), "value_loss": vf.item(), **stats, **value_stats}.items():
                 totals[key] = totals.get(key, 0.0) + value
@@ -290,15 +370,45 @@ def prompt_plan(n, s, seed):
     return batches(n, s.batch, -(-s.iterations // max(1, n // s.batch)), seed)
 
 
-def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5):
+def stop_id(enc, text):
+    """The id of the token that ends a response; "" stands for EOS."""
+    ids = enc.encode_ordinary(text) if text else [enc.n_vocab - 1]
+    check(len(ids) == 1, f"ppo.stop_token {text!r} is {len(ids)} tokens of this vocabulary, it must be one")
+    return ids[0]
+
+
+def make_value_model(s, folder_of_run, policy, device):
+    """The reward model (Stiennon, InstructGPT), the SFT model with a new head, or a head of zeros on the policy (Ziegler)."""
+    if s.value != "shared":
+        return load_model(os.path.join(folder_of_run, "reward" if s.value == "separate" else "sft"), device, "scalar")
+    policy.score = torch.nn.Linear(policy.config.n_embd, 1, device=device)
+    torch.nn.init.zeros_(policy.score.weight)
+    torch.nn.init.zeros_(policy.score.bias)
+    return policy
+
+
+def pretraining_rows(run, s):
+    """What PPO-ptx draws from: the rows that the language model was pretrained on, and their weighting. None where it is off."""
+    if s.ptx_coef:
+        return *encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R), run.config["settings"]["pretrain"]["query_weight"]
+
+
+def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5, pretraining=None):
     """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used."""
+    check(s.truncate_after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
+    stop = stop_id(enc, s.stop_token)
+    torch.manual_seed(seed)  # for the head of a value model from scratch
     policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
-    value_model, reward_model = (load_model(os.path.join(folder_of_run, "reward"), device, "scalar") for _ in range(2))
+    reward_model = load_model(os.path.join(folder_of_run, "reward"), device, "scalar")
+    value_model = make_value_model(s, folder_of_run, policy, device)
+    average = copy.deepcopy(policy) if s.ema else None
+    trained = [policy] if value_model is policy else [policy, value_model]
+    saved = trained + [average] if s.ema else trained
     queries = [encode_query(enc, post, Q) for post in posts]
     plan = prompt_plan(len(queries), s, seed)
-    controller = FixedKL(s.beta)
-    optimizer, generator = make_optimizer([policy, value_model], s.lr, 0.0), torch.Generator().manual_seed(seed)
-    start, more = load_state(folder, [policy, value_model], optimizer, generator)
+    controller = AdaptiveKL(s.beta, s.kl_target, s.kl_horizon) if s.kl == "adaptive" else FixedKL(s.beta)
+    optimizer, generator = make_optimizer(trained, s.lr, 0.0, s.adam_beta2, s.adam_eps), torch.Generator().manual_seed(seed)
+    start, more = load_state(folder, saved, optimizer, generator)
     controller.beta = more.get("beta", controller.beta)
     log = MetricsLog(folder, start)
     samples = SampleLog(folder, start)
@@ -307,13 +417,12 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
         began = time.time()
         set_lr(optimizer, s.lr * (1 - iteration / s.iterations))
         rows = plan[iteration]
-        r = rollout(policy, ref_policy, reward_model, value_model, [queries[i] for i in rows], R, s, controller.beta, generator)
+        r = rollout(policy, ref_policy, reward_model, value_model, [queries[i] for i in rows], R, s, controller.beta, generator, stop)
         k1, _, k3 = (k.mean().item() for k in kl_estimates(r.logprobs, r.ref_logprobs, r.mask))
         if iteration == 0 and r.kl.mean().item() > 1e-3:
             raise DataError(f"the policy starts {r.kl.mean().item():.2g} nats from its reference; both must be the SFT model")
         check_sampler(r.sampler_gap.item(), policy.amp_dtype)
-        stats = update(policy, value_model, optimizer, r, s, generator)
-        controller.update(k1, len(rows))
+        stats = update(policy, value_model, optimizer, r, s, generator, pretraining, average)
         texts = [decode_response(enc, r.tokens[i, q:n].tolist()) for i, (q, n) in enumerate(zip(r.query_lengths, r.lengths))]
         spread = masked_mean((r.returns - masked_mean(r.returns, r.mask)) ** 2, r.mask).item()
         log.write(iteration, score=r.score.mean().item(), kl=r.kl.mean().item(), kl_k1=k1, kl_k3=k3, beta=controller.beta,
@@ -322,19 +431,23 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
                   gold=mean_utility([posts[i] for i in rows], texts),
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
         samples.write(iteration, [(enc.decode(queries[i]), t) for i, t in zip(rows, texts)], r.score.tolist(), r.kl.tolist())
+        controller.update(k1, len(rows))  # for the next rollout
         bar.set_postfix(score=f"{r.score.mean().item():.2f}", kl=f"{r.kl.mean().item():.1f}")
         if (iteration + 1) % save_every == 0 and iteration + 1 < s.iterations:
-            save_state(folder, iteration + 1, [policy, value_model], optimizer, generator, beta=controller.beta)
-    save_state(folder, s.iterations, [policy, value_model], optimizer, generator, beta=controller.beta)
+            save_state(folder, iteration + 1, saved, optimizer, generator, beta=controller.beta)
+    save_state(folder, s.iterations, saved, optimizer, generator, beta=controller.beta)
     for part in (folder, os.path.join(folder, "value")):
         save_vocabulary(enc, part)
     value_model.save_pretrained(os.path.join(folder, "value"))
-    policy.save_pretrained(folder)
+    final = average if s.ema else policy
+    final.score = None  # a shared value head is saved with the value model, not with the policy
+    final.save_pretrained(folder)
 
 
 def main():
     run, settings, out, device = alone(__doc__, "ppo", PPOSettings)
-    train_ppo(run.folder, run.enc, [p for p in run.posts["pretrain"] if world.in_task(p)], run.Q, run.R, settings, out, run.seed, device)
+    train_ppo(run.folder, run.enc, [p for p in run.posts["pretrain"] if world.in_task(p)], run.Q, run.R, settings, out, run.seed, device,
+              pretraining=pretraining_rows(run, settings))
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
 
 

@@ -6,12 +6,13 @@ References: Stiennon 2020 §3.3-3.4 and appendices B.1, C; Ziegler 2019 §2.1; I
     python reward.py out/tiny-seed1 --out out/tiny-seed1/reward-again --lr 3e-4
 
     r(x, y) = w·h(last token of y) + b      from the SFT model's trunk and a new linear head
-    loss    = -E log σ(r(x, y_w) - r(x, y_l))
+    loss    = -E log σ(r(x, y_w) - r(x, y_l))      or Ziegler's over the best of K, or InstructGPT's over a ranking of K
 
 All comparisons of a post go into one step and each of its summaries through the model once (InstructGPT §3.5), so six
 labels on four summaries cost four forward passes, not twelve. After training, b is set so that the reference summaries
 score 0 on average (Stiennon §3.4): a positive score then means "better than what the author wrote".
 """
+import itertools
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -35,11 +36,17 @@ class RewardSettings:
     warmup: int = 20  # steps of linear warm-up
     final_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices and embeddings
+    loss: str = "pairwise"  # pairwise (Stiennon), best_of (Ziegler: needs choices of the best) or kwise (InstructGPT: needs rankings)
+    group: bool = True  # a post's comparisons share a step; false shuffles them over the epoch (InstructGPT §3.5: that overfits)
+    normalise: str = "reference"  # reference: references score 0 (Stiennon); gain_bias: policy samples have mean 0, variance 1 (Ziegler)
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
         check(self.warmup >= 0 and self.weight_decay >= 0, "warmup and weight_decay must not be negative")
         check(0 <= self.final_lr <= 1, "final_lr must lie between 0 and 1")
+        check(self.loss in ("pairwise", "best_of", "kwise"), "loss must be pairwise, best_of or kwise")
+        check(self.normalise in ("reference", "gain_bias"), "normalise must be reference or gain_bias")
+        check(self.group or self.loss == "pairwise", "group can be false with the pairwise loss only: the others are over all of a post")
 
 
 @dataclass
@@ -47,6 +54,9 @@ class CollectSettings:
     posts: int = 1500  # posts whose summaries are compared for training
     pairs: int = 10  # comparisons per post, drawn from all pairs of its summaries
     held_out_posts: int = 500  # posts for testing the reward model
+    labels: str = "pairs"  # what labelers give: pairs (Stiennon), best_of (Ziegler) or rank (InstructGPT); the last two see samples only
+    k: int = 4  # samples per post; with pairs the author's reference comes on top (Ziegler 4, InstructGPT 4 to 9)
+    tie: float = 0.0  # key facts: summaries that a labeler sees within about so much of each other share a rank
     noise: float = 0.95  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
     length_bias: float = 0.0  # key facts that a summary of e times the words is worth to the labelers
     copy_bias: float = 0.0  # key facts that a summary copied whole from the post is worth to them
@@ -54,15 +64,36 @@ class CollectSettings:
 
     def validate(self):
         check(self.posts > 0 and self.pairs > 0 and self.held_out_posts > 0, "posts, pairs and held_out_posts must be above 0")
-        check(self.noise > 0, "noise must be above 0")
+        check(self.noise > 0 and self.tie >= 0, "noise must be above 0 and tie not negative")
+        check(self.labels in ("pairs", "best_of", "rank"), "labels must be pairs, best_of or rank")
+        check(self.k >= 2, "k must be at least 2: one sample cannot be compared")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the loss
+# the losses
 
 def pairwise_loss(chosen, rejected):
     """-E log σ(r_w - r_l). chosen, rejected [B] -> scalar. (Stiennon §3.4; the paper prints it without the minus.)"""
     return -F.logsigmoid(chosen - rejected).mean()
+
+
+def best_of_loss(scores, best):
+    """-E log(e^r_best / Σ_i e^r_i). scores [B, K], -inf where a query has fewer than K responses; best [B] their index -> scalar.
+    (Ziegler eq. 1, K = 4; the paper prints it without the minus.)"""
+    return F.cross_entropy(scores, best)
+
+
+def kwise_loss(scores, ranks):
+    """-E over prompts of the mean over pairs, rank_w < rank_l, of log σ(r_w - r_l).  (InstructGPT eq. 1)
+
+    scores, ranks [B, K] -> scalar; a lower rank is better. Ties are dropped, and so are prompts where all is tied: the mean runs over
+    the pairs kept, where the paper leaves open whether it divides by them or by K(K-1)/2. A rank of NaN says that this prompt has
+    fewer than K responses (every comparison with NaN is false); what the score is there does not matter."""
+    better = ranks[:, :, None] < ranks[:, None, :]  # [B, K, K] the first of the pair over the second
+    margin = torch.where(better, scores[:, :, None] - scores[:, None, :], 0)
+    pairs = better.sum((1, 2))
+    per_prompt = torch.where(better, -F.logsigmoid(margin), 0).sum((1, 2)) / pairs.clamp(min=1)
+    return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,10 +116,42 @@ def sample_responses(policy, queries, R, temperature, generator, n=1, batch=384)
     return out
 
 
-def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="train"):
-    """Sample summaries of each post, ask the labeler about pairs of them, return comparisons in OpenAI's format.
+def ask_pairs(labeler, post, candidates, pairs, rng):
+    """Random pairs of (policy, text) -> (first, second, choice, confidence, worker) of each."""
+    every = [(i, j) for i in range(len(candidates)) for j in range(i)]
+    for i, j in rng.sample(every, min(pairs, len(every))):
+        if rng.random() < .5:
+            i, j = j, i
+        a, b = candidates[i], candidates[j]
+        if a[1] != b[1] and a[1] and b[1]:
+            yield a, b, *labeler.compare(post, a[1], b[1])
 
-    policies: list of (name, model, temperature, samples per post); the author's reference always takes part."""
+
+def ask_all(labeler, post, candidates, labels, rng):
+    """One ranking of all different (policy, text), or one choice of the best -> its pairs, as ask_pairs gives them; ties are left out."""
+    candidates = list({text: (name, text) for name, text in candidates if text}.values())
+    texts = [text for _, text in candidates]
+    if len(texts) < 2:
+        return
+    if labels == "rank":
+        ranks, worker = labeler.rank(post, texts)
+    else:
+        best, worker = labeler.best_of(post, texts)
+        ranks = [int(i != best) for i in range(len(texts))]
+    for i, j in itertools.combinations(range(len(texts)), 2):
+        if rng.random() < .5:
+            i, j = j, i
+        if ranks[i] != ranks[j]:
+            yield candidates[i], candidates[j], int(ranks[j] < ranks[i]), None, worker
+
+
+def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="train", labels="pairs"):
+    """Sample summaries of each post, ask the labeler about them, return comparisons in OpenAI's format.
+
+    policies: list of (name, model, temperature, samples per post); with labels = "pairs" the author's reference takes part too.
+    A ranking or a choice of the best is written as the pairs that it implies, in the same format: whatever reads comparisons reads
+    them, and nothing is lost, since the rank of a summary is the number of comparisons that it lost (see ranks_of). So a post is
+    ranked once; ties have no row. Ziegler's own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
     queries = [encode_query(enc, post, Q) for post in posts]
     texts = [[("ref", post["summary"])] for post in posts]
     for name, model, temperature, n in policies:
@@ -97,14 +160,9 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
             texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
     for post, candidates in zip(posts, texts):
-        every = [(i, j) for i in range(len(candidates)) for j in range(i)]
-        for i, j in rng.sample(every, min(pairs, len(every))):
-            if rng.random() < .5:
-                i, j = j, i
-            a, b = candidates[i], candidates[j]
-            if a[1] == b[1] or not a[1] or not b[1]:
-                continue
-            choice, confidence, worker = labeler.compare(post, a[1], b[1])
+        answers = (ask_pairs(labeler, post, candidates, pairs, rng) if labels == "pairs" else
+                   ask_all(labeler, post, candidates[1:], labels, rng))
+        for a, b, choice, confidence, worker in answers:
             comparisons.append({
                 "info": {key: post[key] for key in ("id", "subreddit", "title", "post", "facts")},
                 "summaries": [{"text": " " + t, "policy": name} for name, t in (a, b)], "choice": choice,
@@ -158,11 +216,53 @@ def score_responses(model, queries, responses):
     return torch.where(real, scores, 0)
 
 
-def score_groups(model, groups):
-    """Scores of the better and the worse summary of each comparison of these posts. -> chosen [C], rejected [C]"""
-    scores = score_responses(model, [g["query"] for g in groups], [g["responses"] for g in groups])
+def score_pairs(scores, groups):
+    """Scores [P, n] of these posts' summaries -> of the better and the worse one of each comparison: chosen [C], rejected [C]"""
     rows, better, worse = zip(*[(i, w, l) for i, g in enumerate(groups) for w, l in g["pairs"]])
     return scores[list(rows), list(better)], scores[list(rows), list(worse)]
+
+
+def score_groups(model, groups):
+    """score_pairs of what the model says."""
+    return score_pairs(score_responses(model, [g["query"] for g in groups], [g["responses"] for g in groups]), groups)
+
+
+def ranks_of(groups):
+    """How many comparisons each summary of a post lost: its rank, where they come from one ranking or one choice of the best.
+    -> [P, n], NaN where a post has fewer than n."""
+    ranks = torch.full((len(groups), max(len(g["responses"]) for g in groups)), float("nan"))
+    for rank, g in zip(ranks, groups):
+        rank[:len(g["responses"])] = 0
+        for _, worse in g["pairs"]:
+            rank[worse] += 1
+    return ranks
+
+
+def check_labels(groups, loss):
+    """The losses over all of a post need comparisons that come from one ranking; any will do for pairs."""
+    for g in groups if loss != "pairwise" else []:
+        ranks = ranks_of([g])[0].tolist()
+        implied = [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+        if sorted(g["pairs"]) != implied or loss == "best_of" and ranks.count(0) != 1:
+            raise DataError(f"the {len(g['pairs'])} comparisons of a post are not those of one "
+                            f"{'ranking' if loss == 'kwise' else 'choice of the best'} of its {len(ranks)} summaries, which the loss "
+                            f"{loss} needs; take reward.loss pairwise")
+
+
+def group_loss(scores, groups, loss):
+    """One of the three losses on the scores [P, n] of these posts' summaries -> scalar"""
+    if loss == "pairwise":
+        return pairwise_loss(*score_pairs(scores, groups))
+    ranks = ranks_of(groups).to(scores.device)
+    if loss == "kwise":
+        return kwise_loss(scores, ranks)
+    return best_of_loss(scores.masked_fill(ranks.isnan(), float("-inf")), (ranks == 0).long().argmax(1))
+
+
+def ungroup(groups):
+    """One entry per comparison: a post's comparisons fall into different steps, and each reads its two summaries anew."""
+    return [{"query": g["query"], "responses": [g["responses"][w], g["responses"][l]], "pairs": [(0, 1)]}
+            for g in groups for w, l in g["pairs"]]
 
 
 def split_comparisons(enc, path, Q, R):
@@ -175,17 +275,22 @@ def split_comparisons(enc, path, Q, R):
     return train, held_out, comparisons
 
 
-def train_reward(model, groups, references, settings, folder, seed, save_every=50):
-    """One epoch of pairwise loss, then the shift that makes references (queries, responses) score 0 on average."""
+def train_reward(model, groups, rows, settings, folder, seed, save_every=50):
+    """One epoch of the loss, then the shift (with gain_bias also the scale) that normalises the scores of rows (queries, responses)."""
     s = settings
-    plan = batches(len(groups), s.batch, s.epochs, seed)
+    check_labels(groups, s.loss)
+    entries = groups if s.group else ungroup(groups)
+    plan = batches(len(entries), max(1, round(s.batch * len(entries) / len(groups))), s.epochs, seed)  # as many comparisons a step
     optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
     start, _ = load_state(folder, [model], optimizer, generator)
+    if start == 0 and s.normalise == "gain_bias":  # before as well as after (Ziegler): training starts at the scale that it ends on
+        normalise(model, *rows, gain=True)
     log = MetricsLog(folder, start)
     for step in tqdm(range(start, len(plan)), initial=start, total=len(plan), desc="reward", unit="step"):
         set_lr(optimizer, s.lr * cosine(step, len(plan), s.warmup, s.final_lr))
-        chosen, rejected = score_groups(model, [groups[i] for i in plan[step]])
-        loss = pairwise_loss(chosen, rejected)
+        part = [entries[i] for i in plan[step]]
+        scores = score_responses(model, [g["query"] for g in part], [g["responses"] for g in part])
+        loss, (chosen, rejected) = group_loss(scores, part, s.loss), score_pairs(scores.detach(), part)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,10 +298,35 @@ def train_reward(model, groups, references, settings, folder, seed, save_every=5
         log.write(step, loss=loss.item(), accuracy=(chosen > rejected).float().mean().item(), grad_norm=norm.item())
         if (step + 1) % save_every == 0 and step + 1 < len(plan):
             save_state(folder, step + 1, [model], optimizer, generator)
-    with torch.no_grad():
-        model.score.bias -= score_all(model, *references).mean()
+    normalise(model, *rows, gain=s.normalise == "gain_bias")
     save_state(folder, len(plan), [model], optimizer, generator)
     model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def normalise(model, queries, responses, gain):
+    """r ← g·r + c so that these responses score 0 on average and, with gain, have variance 1 (biased). (Stiennon §3.4; Ziegler §2.1)
+
+    The gain goes into the head's weights and the shift into its bias: both train on from there, where Ziegler's code keeps two more
+    variables that say the same."""
+    scores = score_all(model, queries, responses)
+    if gain:
+        if not scores.max() > scores.min():
+            raise DataError("the reward model gives all of the policy's samples the same score; no gain makes their variance 1")
+        spread = scores.std(unbiased=False)
+        model.score.weight /= spread
+        model.score.bias /= spread
+        scores /= spread
+    model.score.bias -= scores.mean()
+
+
+def normalising_rows(run, settings, device):
+    """queries, responses whose scores train_reward normalises: references or, for gain_bias, the policy's samples of the same posts."""
+    queries, responses = encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R)
+    if settings.normalise == "gain_bias":
+        policy, temperature = load_model(os.path.join(run.folder, "sft"), device), run.config["settings"]["ppo"]["temperature"]
+        responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(run.seed))
+    return queries, responses
 
 
 @torch.no_grad()
@@ -215,7 +345,7 @@ def main():
     torch.manual_seed(run.seed)
     model = load_model(os.path.join(run.folder, "sft"), device, "scalar")
     train, held_out, _ = split_comparisons(run.enc, os.path.join(run.folder, "comparisons.jsonl"), run.Q, run.R)
-    train_reward(model, train, encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R), settings, out, run.seed)
+    train_reward(model, train, normalising_rows(run, settings, device), settings, out, run.seed)
     with torch.no_grad():
         right = torch.cat([(chosen > rejected).float() for g in held_out for chosen, rejected in [score_groups(model, [g])]])
     print(f"held-out accuracy {right.mean():.3f} on {len(right)} comparisons; model in {out}")

@@ -26,10 +26,11 @@ import world
 from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
                   save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
-from ppo import PPOSettings, train_ppo
-from reward import CollectSettings, RewardSettings, collect, labeler_agreement, split_comparisons, train_reward
-from sft import (Parser, SFTSettings, add_settings, check, encode_posts, load_model, open_run, override, pick_device, run_main,
-                 train_lm)
+from ppo import PPOSettings, pretraining_rows, train_ppo
+from reward import (CollectSettings, RewardSettings, collect, labeler_agreement, normalising_rows, sample_responses, score_all,
+                    split_comparisons, train_reward)
+from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
+                 pick_device, run_main, train_lm)
 
 
 @dataclass
@@ -97,7 +98,15 @@ def preset(name):
         setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
     for part in vars(settings).values():
         part.validate()
+    check_together(settings)
     return settings
+
+
+def check_together(s, real=False):
+    """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
+    needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
+    check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,13 +183,15 @@ def stage_collect(run):
     """Comparisons, from the labelers of the embedded world or from a file of human ones."""
     s, rng = run.settings.collect, random.Random(f"collect-{run.seed}")
     if run.comparisons_file is None:
-        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, seed=run.seed)
+        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, tie=s.tie, seed=run.seed)
         sft, pretrained = (load_model(path(run, name), run.device) for name in ("sft", "pretrained"))
-        mixture = [("sft-0.3", sft, 0.3, 1), ("sft-0.5", sft, 0.5, 2), ("pretrained-0.5", pretrained, 0.5, 1)]
+        quarter = s.k // 4
+        mixture = [("sft-0.3", sft, 0.3, quarter), ("sft-0.5", sft, 0.5, s.k - 2 * quarter), ("pretrained-0.5", pretrained, 0.5, quarter)]
+        mixture = [policy for policy in mixture if policy[3]]
         comparisons = []
         for split, posts in (("train", "collect"), ("valid", "held_out")):
             comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
-                                   torch.Generator().manual_seed(run.seed), rng, split)
+                                   torch.Generator().manual_seed(run.seed), rng, split, s.labels)
         agreement = labeler_agreement(labeler, comparisons)
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
@@ -205,8 +216,7 @@ def stage_reward(run):
     save_vocabulary(run.enc, path(run, "reward"))
     model = load_model(path(run, "sft"), run.device, "scalar")
     train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R)
-    train_reward(model, train, encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R), run.settings.reward, path(run, "reward"),
-                 run.seed)
+    train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, path(run, "reward"), run.seed)
     rows = evaluation.reward_margins(model, held_out, comparisons)
     save_json_lines(path(run, "reward", "held_out.jsonl"), rows)
     m = evaluation.measure_reward(rows)
@@ -214,10 +224,31 @@ def stage_reward(run):
     print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{ceiling}, 'longer wins' {m['longer_wins']:.1%}")
 
 
+def choose_sft(run):
+    """The SFT checkpoint whose samples for held-out prompts the reward model likes best becomes sft/. (InstructGPT appendix C.1)
+
+    A reward model starts from an SFT model whose samples were compared. Both are therefore made with the checkpoint of the lowest
+    held-out loss, which takes the part of the paper's earlier SFT model, and PPO begins with the one chosen here."""
+    scores, queries = {}, [encode_query(run.enc, p, run.Q) for p in run.posts["valid"]]
+    reward_model = load_model(path(run, "reward"), run.device, "scalar")
+    for epoch in range(1, run.settings.sft.epochs + 1):
+        policy, generator = load_model(epoch_folder(path(run, "sft"), epoch), run.device), torch.Generator().manual_seed(run.seed)
+        responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator)
+        scores[epoch] = score_all(reward_model, queries, responses).mean().item()
+    chosen = max(scores, key=scores.get)
+    load_model(epoch_folder(path(run, "sft"), chosen), run.device).save_pretrained(path(run, "sft"))
+    losses = epoch_losses(path(run, "sft"))
+    write_atomic(path(run, "sft", "chosen.json"), json.dumps({"epoch": chosen, "scores": scores, "losses": losses}))
+    print(f"the reward model chooses the SFT model of epoch {chosen}; scores by epoch {', '.join(f'{x:.2f}' for x in scores.values())}")
+
+
 def stage_ppo(run):
     """PPO against the reward model."""
+    if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
+        choose_sft(run)
     posts = [p for p in run.posts["pretrain"] if world.in_task(p)]
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device)
+    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device,
+              pretraining=pretraining_rows(run, run.settings.ppo))
 
 
 def stage_evaluation(run):
@@ -321,6 +352,7 @@ def main():
     settings = preset(name)
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
+    check_together(settings, real=args.comparisons is not None)
     out = args.out or os.path.join("out", f"{name}-seed{args.seed}")
     open_folder(out, {"preset": name, "seed": args.seed, "posts": args.posts, "comparisons": args.comparisons,
                       "settings": dataclasses.asdict(settings)})

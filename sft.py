@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -37,11 +38,15 @@ class SFTSettings:
     final_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices and embeddings
     query_weight: float = 0.0  # what a query token counts in the loss; a response token counts 1
+    dropout: float = 0.0  # residual dropout while training (InstructGPT 0.2)
+    choose: str = "last"  # the epoch whose weights are kept: last, loss (lowest held out) or reward (the reward model's; InstructGPT C.1)
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
         check(self.warmup >= 0 and self.weight_decay >= 0, "warmup and weight_decay must not be negative")
         check(0 <= self.final_lr <= 1 and 0 <= self.query_weight <= 1, "final_lr and query_weight must lie between 0 and 1")
+        check(0 <= self.dropout < 1, "dropout must be at least 0 and below 1")
+        check(self.choose in ("last", "loss", "reward"), "choose must be last, loss or reward")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,12 +66,23 @@ def check(ok, message):
         raise DataError(f"setting out of range: {message}")
 
 
-def make_optimizer(models, lr, weight_decay):
-    """AdamW (betas 0.9, 0.95) over one or several models; weight decay on matrices only."""
+def make_optimizer(models, lr, weight_decay, beta2=0.95, eps=1e-8):
+    """AdamW over one or several models; weight decay on matrices only."""
     params = [p for model in models for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=params[0].device.type != "mps")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=params[0].device.type != "mps")
+
+
+def tf_adam_step(optimizer, eps):
+    """optimizer.step() as TensorFlow 1 takes it: Δ = -lr √(1 - β2^t) / (1 - β1^t) · m / (√v + ε).
+
+    PyTorch adds its ε to √(v / (1 - β2^t)): with ε / √(1 - β2^t) the two are one. (Ziegler's code; at β2 = 0.999 the first ε is 32 times as
+    large, and so the first steps on small gradients are far shorter.)"""
+    t = 1 + int(next(iter(optimizer.state.values()), {"step": 0})["step"])
+    for group in optimizer.param_groups:
+        group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** t)
+    optimizer.step()
 
 
 def cosine(step, steps, warmup, final):
@@ -314,25 +330,61 @@ def evaluate_lm(model, queries, responses, batch=64):
     return total / count
 
 
+@contextmanager
+def dropout(model, p, seed):
+    """Residual dropout p within, 0 behind: it is off wherever log-probabilities are compared. The masks come from the seed alone."""
+    if p:
+        torch.manual_seed(seed)
+    for block in model.blocks:
+        block.dropout = p
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            block.dropout = 0.0
+
+
+def epoch_folder(folder, epoch):
+    return os.path.join(folder, f"epoch-{epoch}")
+
+
+def epoch_losses(folder):
+    """{epoch: held-out loss} of a training that kept its epochs."""
+    return {row["epoch"]: row["valid_loss"] for row in read_metrics(folder) if "epoch" in row}
+
+
 def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="sft"):
-    """Train on rows (queries, responses); writes state.pt and metrics.jsonl while it goes, the model at its end."""
+    """Train on rows (queries, responses); writes state.pt and metrics.jsonl while it goes, the model at its end.
+
+    With choose = loss or reward every epoch's model is kept in epoch-N/, and the one with the lowest held-out loss is the result: for
+    reward until there is a reward model to choose (run.py)."""
     s = settings
     queries, responses = train
     plan = batches(len(queries), s.batch, s.epochs, seed, [len(q) + len(r) for q, r in zip(queries, responses)])
+    per_epoch = len(plan) // s.epochs
     optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
     start, _ = load_state(folder, [model], optimizer, generator)
     log = MetricsLog(folder, start)
     for step in tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=name, unit="step"):
         set_lr(optimizer, s.lr * cosine(step, len(plan), s.warmup, s.final_lr))
         rows = plan[step]
-        loss = row_loss(model, [queries[i] for i in rows], [responses[i] for i in rows], s.query_weight)
+        with dropout(model, s.dropout, seed * 10**6 + step):
+            loss = row_loss(model, [queries[i] for i in rows], [responses[i] for i in rows], s.query_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        log.write(step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"])
+        kept = {}
+        if s.choose != "last" and (step + 1) % per_epoch == 0:
+            kept = {"epoch": (step + 1) // per_epoch, "valid_loss": evaluate_lm(model, *valid)}
+            model.save_pretrained(epoch_folder(folder, kept["epoch"]))
+        log.write(step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], **kept)
         if (step + 1) % save_every == 0 and step + 1 < len(plan):
             save_state(folder, step + 1, [model], optimizer, generator)
+    if s.choose != "last":
+        losses = epoch_losses(folder)
+        best = load_model(epoch_folder(folder, min(losses, key=losses.get)), model.device.type)
+        model.load_state_dict(best.state_dict())
     valid_loss = evaluate_lm(model, *valid)
     log.write(len(plan), valid_loss=valid_loss)
     save_state(folder, len(plan), [model], optimizer, generator)
@@ -342,6 +394,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 
 def main():
     run, settings, out, device = alone(__doc__, "sft", SFTSettings)
+    check(settings.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss")
     loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")

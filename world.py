@@ -246,6 +246,7 @@ class Labeler:
     length_bias: float = 0.0  # key facts that e times the words are worth
     copy_bias: float = 0.0  # key facts that the whole of a summary being copied from the post is worth
     flipped: bool = False  # choose the worse one (Ziegler's sign bug)
+    tie: float = 0.0  # key facts: in a ranking, what rounds to the same multiple of this shares a rank; 0 makes no ties
     seed: int = 0
 
     def __post_init__(self):
@@ -269,6 +270,27 @@ class Labeler:
         mistake = math.log(max(p, 1e-12) / max(1 - p, 1e-12))  # logistic noise makes the choice Bradley-Terry
         seen = (self.worth(post, a, worker) - self.worth(post, b, worker)) / self.noise + mistake
         return int(seen < 0), min(9, 1 + int(2 * abs(seen))), f"worker-{worker}"
+
+    def _seen(self, post, texts):
+        """What one worker takes several summaries to be worth, mistakes included. -> [key facts], worker
+
+        With u = worth / noise, Gumbel mistakes make the order Plackett-Luce, P(y_1 ≻ ... ≻ y_K) = Π_i e^u_i / Σ_{j≥i} e^u_j. So the
+        best is drawn from softmax(u), and each pair is Bradley-Terry: a ranking is as noisy as compare()."""
+        worker = self.rng.randrange(self.workers)
+        return [self.worth(post, text, worker) - self.noise * math.log(-math.log(max(self.rng.random(), 1e-300)))
+                for text in texts], f"worker-{worker}"
+
+    def rank(self, post, texts):
+        """-> (ranks: for each text how many are better, so 0 is the best and ties share a rank; worker)"""
+        seen, worker = self._seen(post, texts)
+        if self.tie:
+            seen = [round(u / self.tie) for u in seen]
+        return [sum(other > u for other in seen) for u in seen], worker
+
+    def best_of(self, post, texts):
+        """-> (index of the best text, worker)"""
+        seen, worker = self._seen(post, texts)
+        return seen.index(max(seen)), worker
 
 
 def copied_share(summary, source):

@@ -4,12 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import tiny_model
 from safetensors.torch import load_file
 
 import run
-from data import DataError
+from data import DataError, encode_query
+from reward import sample_responses
+from sft import load_model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -159,7 +165,8 @@ def test_another_configuration_is_refused_by_name(finished):
     (["--model.n_embd", "33"], ["n_embd"]), (["--model.vocab_size", "10"], ["vocab_size"]), (["--preset", "huge"], ["huge"]),
     (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
     (["--posts", "x.jsonl"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["x.jsonl does not exist"]),
-    (["--out", "/dev/null/run"], ["/dev/null"])])
+    (["--out", "/dev/null/run"], ["/dev/null"]), (["--reward.loss", "kwise"], ["collect.labels rank"]),
+    (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
 def test_bad_settings_are_one_sentence(tmp_path, args, says):
     refused(script("run.py", "--preset", "test", *(["--out", tmp_path / "new"] if "--out" not in args else []), *args), *says)
 
@@ -212,6 +219,73 @@ def test_checkpoint_of_another_shape_is_one_sentence(finished, tmp_path):
     refused(script("run.py", "--preset", "test", "--out", out, "--device", "cpu"), "shape")
     (out / "sft" / "model.safetensors").write_bytes(b"not a model")
     refused(script("run.py", "--preset", "test", "--out", out, "--device", "cpu"), "sft")
+
+
+def options(text):
+    return [word for setting in text.split() for word in ("--" + setting).split("=")]
+
+
+def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
+    """Best of four, gain and bias, a shared value head, adaptive KL, whitened rewards, truncation at '.', TensorFlow's Adam."""
+    out = tmp_path / "out"
+    done = script("run.py", "--preset", "test", "--out", out, "--device", "cpu", *options(
+        "collect.labels=best_of reward.loss=best_of reward.normalise=gain_bias ppo.value=shared ppo.kl=adaptive ppo.kl_horizon=50 "
+        "ppo.whiten_rewards=true ppo.stop_token=. ppo.truncate_after=4 ppo.tf_adam=true ppo.adam_eps=1e-5 ppo.adam_beta2=0.999"))
+    assert done.returncode == 0, done.stderr
+    better = {}
+    for line in (out / "comparisons.jsonl").open():
+        row = json.loads(line)
+        better.setdefault(row["info"]["id"], []).append(row["summaries"][row["choice"]]["text"])
+    assert len(better) == 24 and all(len(texts) <= 3 and len(set(texts)) == 1 for texts in better.values())
+    assert "score.weight" not in load_file(out / "ppo" / "model.safetensors") and "score.weight" in load_file(out / "ppo" / "value" / "model.safetensors")
+    rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
+    assert rows[1]["beta"] == pytest.approx(rows[0]["beta"] * (1 - 0.2 * 8 / 50))
+
+
+def test_choices_as_in_instructgpt_go_through_every_stage(tmp_path):
+    """Rankings of five, the K-wise loss, dropout, the SFT checkpoint that the reward model chooses, PPO-ptx, averaging."""
+    out = tmp_path / "out"
+    args = ("run.py", "--preset", "test", "--out", out, "--device", "cpu", *options(
+        "sft.epochs=3 sft.lr=5e-3 sft.dropout=0.2 sft.choose=reward collect.labels=rank collect.k=5 collect.tie=0.5 reward.loss=kwise "
+        "ppo.ptx_coef=1 ppo.ptx_ratio=2 ppo.ema=0.9"))
+    done = script(*args)
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads((out / "sft" / "chosen.json").read_text())
+    pairs = Counter(json.loads(line)["info"]["id"] for line in (out / "comparisons.jsonl").open())
+    assert 6 < max(pairs.values()) <= 10 and min(pairs.values()) < 10  # five samples, not four; and some of them tie
+    assert chosen["scores"][str(chosen["epoch"])] == max(chosen["scores"].values()) and set(chosen["losses"]) == set("123")
+    a, b = (load_file(out / "sft" / name / "model.safetensors") for name in (".", f"epoch-{chosen['epoch']}"))
+    assert all((a[k] == b[k]).all() for k in a)
+    assert all("ptx_loss" in json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open())
+    again = script(*args)
+    assert again.returncode == 0 and again.stdout.count("done before") == len(run.STAGES) and "chooses" in done.stdout
+
+
+def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
+    """Catches the worst taken for the best, another epoch's weights, and samples scored for another prompt: each checkpoint's samples once
+    more, scored one by one."""
+    for epoch in (1, 2, 3):
+        model = tiny_model(seed=epoch, vocab_size=enc.n_vocab, n_positions=90)
+        with torch.no_grad():
+            model.wte.weight[epoch] += 5 * model.ln_f.bias  # a favourite token, so that their samples differ
+        model.save_pretrained(tmp_path / "sft" / f"epoch-{epoch}")
+    tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=90).save_pretrained(tmp_path / "reward")
+    posts = [{"subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate."} for i in range(9)]
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", settings=run.preset("test"))
+    r.settings.sft.epochs = 3
+    run.choose_sft(r)
+    chosen = json.loads((tmp_path / "sft" / "chosen.json").read_text())
+    reward_model, queries = load_model(str(tmp_path / "reward"), "cpu", "scalar"), [encode_query(enc, p, 80) for p in posts]
+    scores = []
+    for epoch in (1, 2, 3):
+        samples = sample_responses(load_model(str(tmp_path / "sft" / f"epoch-{epoch}"), "cpu"), queries, 6, 0.7, torch.Generator().manual_seed(1))
+        rows = [torch.tensor([q + s]) for q, s in zip(queries, samples)]
+        with torch.no_grad():
+            scores.append(sum(reward_model.scores(row, torch.tensor([row.shape[1]])).item() for row in rows) / 9)
+    assert [chosen["scores"][e] for e in "123"] == pytest.approx(scores, abs=.02)  # bf16, in batches of another shape
+    assert max(scores) - min(scores) > .1 and scores[chosen["epoch"] - 1] == max(scores)
+    a, b = (load_file(tmp_path / "sft" / name / "model.safetensors") for name in (".", f"epoch-{chosen['epoch']}"))
+    assert all((a[k] == b[k]).all() for k in a)
 
 
 def test_every_preset_builds_and_validates():

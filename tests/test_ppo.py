@@ -1,5 +1,7 @@
 """ppo.py: the equations by hand, by brute force and by enumerating every response of a tiny world; one iteration."""
 import copy
+import dataclasses
+import functools
 import itertools
 import math
 
@@ -10,9 +12,10 @@ from safetensors.torch import load_file
 
 import ppo
 from data import DataError, pad_rows
-from ppo import (AdaptiveKL, FixedKL, PPOSettings, check_ratio, compare_policies, gae, kl_estimates, policy_loss, rollout,
-                 shaped_rewards, update, value_loss, whiten)
-from sft import make_optimizer, read_metrics
+from model import GPT
+from ppo import (AdaptiveKL, FixedKL, PPOSettings, check_ratio, compare_policies, gae, kl_estimates, make_value_model, move_average,
+                 own_kl_advantage, policy_loss, rollout, shaped_rewards, stop_id, truncate, update, value_loss, whiten)
+from sft import make_optimizer, read_metrics, row_loss
 
 ONES = torch.ones(1, 4)
 A = torch.tensor([[.49065, .727, .66, .8]])
@@ -69,14 +72,54 @@ def test_policy_loss_by_hand(advantage, ratio, loss, clipped):
     assert stats["clip_fraction"] == clipped
 
 
-@pytest.mark.parametrize("value, ret, loss", [(1, .9, .02), (1, .4, .18), (.6, .9, .045)])
+@pytest.mark.parametrize("value, ret, loss", [(1, .9, .02), (1, .4, .18), (.6, .9, .045), (.8, 1., .045)])
 def test_value_loss_by_hand(value, ret, loss):
     """Catches a lost ½, min for max, and clipping around anything but the old value."""
     out, _ = value_loss(torch.tensor([[float(value)]]), torch.tensor([[.5]]), torch.tensor([[ret]]), torch.ones(1, 1), 0.2)
     close(out, loss)
 
 
+def test_truncation_by_hand():
+    """Ziegler's rule: 24 tokens, '.' at 3, 18 and 21, none before 16 counts: the response keeps the one at 18 and ends there."""
+    tokens = torch.full((2, 30), 7)  # the first query has 2 tokens, the second 6
+    for row, q in enumerate((2, 6)):
+        tokens[row, [q + 3, q + 18, q + 21]] = 13
+    tokens[0, 26:], tokens[:, 1] = 0, 13  # padding behind the first row; a '.' in both queries
+    out, lengths, ended = truncate(tokens, torch.tensor([2, 6]), 24, 13, 16)
+    assert lengths.tolist() == [2 + 19, 6 + 19] and ended.all()
+    for row, q in enumerate((2, 6)):
+        assert torch.equal(out[row, :q + 19], tokens[row, :q + 19]) and (out[row, q + 19:] == 0).all()
+
+
 # --- against brute force
+
+
+def test_truncation_row_by_row(g):
+    """Catches a window off by one, a stop in the query or in the padding that ends a response, and a missing one that does not."""
+    for stop, after in itertools.product((0, 2), (0, 2, 4)):
+        query_lengths = torch.randint(1, 5, (60,), generator=g)
+        columns = torch.arange(9)
+        tokens = torch.randint(3, (60, 9), generator=g) * (columns < query_lengths[:, None] + 5)
+        out, lengths, ended = truncate(tokens, query_lengths, 5, stop, after)
+        for row, q in enumerate(query_lengths.tolist()):
+            ends = [q + t for t in range(after, 5) if tokens[row, q + t] == stop]
+            assert ended[row] == bool(ends) and lengths[row] == (ends[0] + 1 if ends else q + 5)
+            assert out[row].tolist() == [t if i < lengths[row] else 0 for i, t in enumerate(tokens[row].tolist())]
+        assert 5 < ended.sum() < 60
+
+
+def test_average_is_the_weighted_sum_of_all_weights(g):
+    """Catches the decay on the wrong side: θ̄ = d^n θ_0 + (1-d) Σ d^(n-k) θ_k."""
+    model, d = tiny_model(), 0.9
+    average, history = copy.deepcopy(model), [model.wte.weight.detach().clone()]
+    for _ in range(5):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn(p.shape, generator=g)
+        move_average(average, model, d)
+        history.append(model.wte.weight.detach().clone())
+    close(average.wte.weight.detach(), d ** 5 * history[0] + (1 - d) * sum(d ** (5 - k) * history[k] for k in range(1, 6)), 1e-5)
+    assert torch.equal(model.wte.weight, history[-1])
 
 
 @pytest.mark.parametrize("gamma, lam", [(1, .95), (.9, .8), (1, 1), (.97, 0)])
@@ -233,18 +276,44 @@ def test_policy_gradient_is_the_gradient_of_expected_reward(three):
     assert expected.norm() > 0.3
 
 
-def test_the_whole_chain_is_the_gradient_of_score_less_kl(three):
+@pytest.mark.parametrize("kl_reward", ["k1", "exact"])
+def test_the_whole_chain_is_the_gradient_of_score_less_kl(three, kl_reward):
     """Catches any misalignment between values, rewards, advantages and log-probabilities: with γ = λ = 1 and any values
-    that see only the state, the chain's expected gradient is that of E[score] - β KL(π‖π_ref), by enumeration."""
+    that see only the state, the chain's expected gradient is that of E[score] - β KL(π‖π_ref), by enumeration. With the exact KL as
+    a reward too, but only if the action's own share comes on top."""
     policy, ref, rows, p, q = three
     values = tiny_model("scalar", seed=4, vocab_size=3).values(*rows).detach()
-    old, ref_logprobs, mask, _, _ = compare_policies(policy, ref, *rows, T)
-    advantages, _ = gae(shaped_rewards(REWARD, old, ref_logprobs, mask, 0.5), values, mask, 1.0, 1.0)
-    loss, stats = policy_loss(policy.logprobs(*rows, T), old, p[:, None] * advantages * mask.sum(), mask, 0.2)
+    old, ref_logprobs, mask, kl, _ = compare_policies(policy, ref, *rows, T)
+
+    def chain(own):
+        if kl_reward == "k1":
+            advantages, _ = gae(shaped_rewards(REWARD, old, ref_logprobs, mask, 0.5), values, mask, 1.0, 1.0)
+        else:
+            advantages, _ = gae(shaped_rewards(REWARD, kl, 0 * kl, mask, 0.5), values, mask, 1.0, 1.0)
+            advantages = advantages + own * own_kl_advantage(old, ref_logprobs, kl, 0.5)
+        loss, stats = policy_loss(policy.logprobs(*rows, T), old, p[:, None] * advantages * mask.sum(), mask, 0.2)
+        assert stats["max_log_ratio"] < 1e-5
+        return -gradient(policy, loss)
+
     now = exact_logprobs(policy)
     expected = gradient(policy, (now.exp() * (REWARD - 0.5 * (now - q.log()))).sum())
-    close(-gradient(policy, loss), expected, 1e-5)
-    assert expected.norm() > 0.3 and stats["max_log_ratio"] < 1e-5
+    close(chain(1), expected, 1e-5)
+    assert expected.norm() > 0.3
+    assert kl_reward == "k1" or (chain(0) - expected).norm() > 0.1 * expected.norm()
+
+
+def test_own_kl_advantage_has_mean_0_at_every_state(three):
+    """Catches a flipped sign or another policy's KL: what is added must not change what a state is worth."""
+    policy, ref, rows, p, q = three
+    logprobs, ref_logprobs, mask, kl, _ = compare_policies(policy, ref, *rows, T)
+    own = own_kl_advantage(logprobs, ref_logprobs, kl, 0.5)
+    states = {}
+    for y, weight, row in zip(RESPONSES, p, own):
+        for t in range(len(y)):
+            states[tuple(y[:t])] = states.get(tuple(y[:t]), 0) + weight * row[t]
+    assert len(states) == 7 and max(abs(x) for x in states.values()) < 1e-6 and own.abs().max() > 0.05
+    assert (own[~mask] == 0).all()
+    close(own.sum(1) - 0.5 * kl.sum(1), -0.5 * (p / q).log(), 1e-5)  # with the exact KL's cost it is k1's
 
 
 # --- PPO finds the optimum that theory names
@@ -363,12 +432,156 @@ def test_update_raises_what_had_an_advantage(iteration, g):
     assert ((now - r.logprobs) * r.advantages)[r.mask].mean() > 0.01
 
 
+def test_update_brings_values_closer_to_returns(iteration, g):
+    """Catches a value loss that is climbed, or weighted away."""
+    policy, _, _, value, s, _, r = iteration
+    error = lambda v: ((v - r.returns)[r.mask] ** 2).mean().item()
+    update(policy, value, make_optimizer([policy, value], s.lr, 0.0), r, s, g)
+    assert error(value.values(r.tokens, r.query_lengths, r.lengths, r.mask.shape[1])) < 0.9 * error(r.values)
+
+
 def test_update_refuses_a_policy_that_did_not_sample(iteration, g):
     """Catches a temperature that differs between sampling and training, at run time."""
     policy, _, _, value, s, _, r = iteration
     s.temperature = 1.0
     with pytest.raises(DataError, match="log ratio"):
         update(policy, value, make_optimizer([policy, value], s.lr, 0.0), r, s, g)
+
+
+def returns_by_hand(rewards, values, L, gamma=0.99, lam=0.95):
+    """Advantages and returns of one row of L tokens, term by term."""
+    v = values[:L].tolist() + [0.0]
+    deltas = [rewards[t] + gamma * v[t + 1] - v[t] for t in range(L)]
+    advantages = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, L)) for t in range(L)]
+    return torch.tensor(advantages), torch.tensor(advantages) + values[:L]
+
+
+def test_rollout_with_the_exact_kl(iteration):
+    """Catches the exact KL taken at another state or temperature, and an own share that reaches the returns."""
+    policy, _, reward, value, s, queries, _ = iteration
+    other, s.kl_reward = tiny_model(seed=8), "exact"
+    r = rollout(policy, other, reward, value, queries, 6, s, 0.3, torch.Generator().manual_seed(7))
+    every = []
+    for b in range(len(queries)):
+        q, end = int(r.query_lengths[b]), int(r.lengths[b])
+        lp, ref = ((m(r.tokens[b:b + 1, :end])[0, q - 1:-1] / 0.7).log_softmax(-1).detach() for m in (policy, other))
+        kl = (lp.exp() * (lp - ref)).sum(-1)
+        rewards = (-0.3 * kl).tolist()
+        rewards[-1] += r.score[b].item()
+        advantages, returns = returns_by_hand(rewards, r.values[b], end - q)
+        close(r.returns[b, :end - q], returns, 3e-5)
+        every.append(advantages - 0.3 * (r.logprobs - r.ref_logprobs)[b, :end - q] + 0.3 * kl)
+    every = torch.cat(every)
+    close(r.advantages[r.mask], (every - every.mean()) / every.std(unbiased=False), 5e-5)
+
+
+def test_rollout_with_whitened_rewards(iteration):
+    """Catches rewards whose mean is dropped, whitening after the advantages, and statistics of one row or of what is masked."""
+    policy, _, reward, value, s, queries, _ = iteration
+    s.whiten_rewards = True
+    r = rollout(policy, tiny_model(seed=8), reward, value, queries, 6, s, 0.3, torch.Generator().manual_seed(7))
+    rewards = -0.3 * (r.logprobs - r.ref_logprobs)
+    lengths = r.mask.sum(1)
+    for b, L in enumerate(lengths):
+        rewards[b, L - 1] += r.score[b]
+    x = rewards[r.mask]
+    rewards = (rewards - x.mean()) / x.std(unbiased=False) + x.mean()
+    for b, L in enumerate(lengths.tolist()):
+        close(r.returns[b, :L], returns_by_hand(rewards[b].tolist(), r.values[b], L)[1], 5e-5)
+
+
+def test_rollout_ends_by_the_truncation_rule(iteration):
+    """Catches a sampler that stops too early for the rule, a score at another token, and a penalty given to the wrong rows."""
+    policy, _, reward, value, s, queries, _ = iteration
+    s.truncate_after = 2
+    r = rollout(policy, tiny_model(seed=8), reward, value, queries * 3, 6, s, 0.3, torch.Generator().manual_seed(7), stop=4)
+    early = 0
+    for b, query in enumerate(queries * 3):
+        q, end = len(query), int(r.lengths[b])
+        y = r.tokens[b, q:end].tolist()
+        early += 4 in y[:2]
+        assert 4 not in y[2:-1] and r.no_eos[b] == (y[-1] != 4) and (len(y) == 6 or len(y) > 2 and y[-1] == 4)
+        expected = -7.0 if r.no_eos[b] else reward.scores(r.tokens[b:b + 1, :end], r.lengths[b:b + 1]).item()
+        assert r.score[b].item() == pytest.approx(expected, abs=1e-5)
+        assert r.mask[b].tolist() == [t < len(y) for t in range(r.mask.shape[1])]
+    assert early > 3 and 5 < r.no_eos.sum() < 67 and r.sampler_gap < 1e-4
+    assert (r.tokens == 10).any()  # EOS is a token like any other here
+
+
+def gradients_of_one_step(iteration, g, s, pretraining=None):
+    """What update() hands to the optimizer in one step over the whole rollout: {id of parameter: gradient}."""
+    policy, _, _, value, _, _, r = iteration
+    optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], 0.0)
+    stats = update(policy, value, optimizer, r, s, g, pretraining)
+    return stats, torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss(iteration, g, ratio):
+    """Catches a flipped sign, a coefficient lost or squared, a sum over draws, a temperature, another query weight."""
+    policy, _, _, value, _, _, r = iteration
+    rows = [[1, 2, 3]], [[4, 5, 10]]
+    s = PPOSettings(minibatches=1, epochs=1, max_grad_norm=1e9, ptx_coef=2.5, ptx_ratio=ratio)
+    stats, both = gradients_of_one_step(iteration, g, s, (*rows, 0.3))
+    plain_stats, alone = gradients_of_one_step(iteration, g, PPOSettings(minibatches=1, epochs=1, max_grad_norm=1e9))
+    loss = row_loss(policy, *rows, 0.3)
+    expected = gradient(policy, loss)
+    close(both - alone, 2.5 * expected, 1e-5)
+    assert expected.norm() > 0.1 and alone.norm() > 0.01
+    assert stats["ptx_loss"] == pytest.approx(loss.item(), abs=1e-5) and "ptx_loss" not in plain_stats
+
+
+def test_ptx_draws_every_row_and_as_many_as_it_says(iteration, g, monkeypatch):
+    """Catches a draw that never reaches the last row, rows whose query and response do not belong together, and a wrong number."""
+    seen = []
+    monkeypatch.setattr(ppo, "row_loss", lambda model, q, r, w: (seen.append((q, r, w)), row_loss(model, q, r, w))[1])
+    queries, responses = [[i, 1] for i in range(5)], [[i, 10] for i in range(5)]
+    s = PPOSettings(minibatches=2, epochs=1, ptx_coef=1., ptx_ratio=4)
+    gradients_of_one_step(iteration, g, s, (queries, responses, 0.3))
+    assert len(seen) == 2 * 4 and all(len(q) == len(r) == 12 and w == 0.3 for q, r, w in seen)
+    assert {(*q, *r) for qs, rs, _ in seen for q, r in zip(qs, rs)} == {(i, 1, i, 10) for i in range(5)}
+
+
+def test_ptx_holds_the_language_model(iteration, g):
+    """What it is for: after updates with it, the pretraining loss is lower than after the same updates without it."""
+    policy, _, _, value, _, _, r = iteration
+    start, rows, losses = [copy.deepcopy(m.state_dict()) for m in (policy, value)], ([[1, 2, 3], [2, 2]], [[4, 10], [5, 5, 10]]), {}
+    for coef in (0., 5.):
+        s = PPOSettings(ptx_coef=coef)
+        update(policy, value, make_optimizer([policy, value], 1e-3, 0.0), r, s, g, (*rows, 1.0))
+        losses[coef] = row_loss(policy, *rows, 1.0).item()
+        for m, weights in zip((policy, value), start):
+            m.load_state_dict(weights)
+    assert losses[5.] < losses[0.] - 0.05
+
+
+def test_update_moves_the_average_every_step(iteration, g):
+    """Catches an average moved once per update, and one that pulls at the policy: with 1 - d tiny it counts the steps."""
+    policy, _, _, value, s, _, r = iteration
+    s.ema, s.minibatches, s.epochs = 1 - 1e-3, 3, 2
+    average, calls, real = copy.deepcopy(policy), [], ppo.move_average
+    ppo.move_average = lambda *args: (calls.append([p.detach().clone() for p in policy.parameters()]), real(*args))
+    try:
+        update(policy, value, make_optimizer([policy, value], s.lr, 0.0), r, s, g, average=average)
+    finally:
+        ppo.move_average = real
+    assert len(calls) == 6 and not torch.equal(calls[0][0], calls[1][0])
+    assert all(torch.equal(a, p) for a, p in zip(calls[-1], policy.parameters()))  # after the last step, not before it
+
+
+def test_a_shared_value_head_trains_the_trunk(iteration, g):
+    """Catches a head that does not start at 0, value gradients cut off from the policy, and parameters in the optimizer twice."""
+    policy, _, reward, _, s, queries, _ = iteration
+    s.value = "shared"
+    value = make_value_model(s, "nowhere", policy, "cpu")
+    assert value is policy
+    r = rollout(policy, tiny_model(seed=8), reward, value, queries, 6, s, 0.3, g)
+    assert (r.values == 0).all() and r.values.shape == r.mask.shape
+    r.advantages.zero_()  # so that only the value loss is left
+    before = policy.blocks[0].c_fc.weight.detach().clone()
+    update(policy, value, make_optimizer([policy], 1e-2, 0.0), r, s, g)
+    assert (policy.values(r.tokens, r.query_lengths, r.lengths, r.mask.shape[1])[r.mask] != 0).all()
+    assert (policy.blocks[0].c_fc.weight - before).abs().max() > 1e-3
 
 
 def test_check_ratio():
@@ -385,34 +598,149 @@ def test_check_ratio():
             check_ratio(bad, torch.bfloat16)
 
 
-def test_ppo_resumes_bit_for_bit(enc, tmp_path, monkeypatch):
-    """Catches state that a checkpoint forgets (β, generators, either model, the place in the plan), and logs doubled."""
-    posts = [{"id": str(i), "subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate.", "summary": "bad"} for i in range(8)]
-    for stage, head in (("sft", "lm"), ("reward", "scalar")):
-        tiny_model(head, vocab_size=enc.n_vocab, n_positions=80).save_pretrained(tmp_path / stage)
-    s, real = PPOSettings(batch=4, iterations=4, epochs=1), ppo.update
-    calls = iter([None, None, None, KeyboardInterrupt])
+POSTS = [{"id": str(i), "subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate.", "summary": "bad"} for i in range(8)]
 
-    def train(name):
-        ppo.train_ppo(str(tmp_path), enc, posts, 70, 8, s, str(tmp_path / name), 0, "cpu", save_every=2)
-        rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(tmp_path / name)]
-        weights = [load_file(tmp_path / name / folder / "model.safetensors") for folder in ("", "value")]
-        return weights, rows, (tmp_path / name / "samples.jsonl").read_text()
+
+@pytest.fixture(scope="module")
+def run_folder(enc, tmp_path_factory):
+    """A run's sft/ and reward/: random, but for a liking for EOS and for "a", so that some responses end."""
+    folder = tmp_path_factory.mktemp("run")
+    for seed, (stage, head) in enumerate((("sft", "lm"), ("reward", "scalar")), 5):
+        model = tiny_model(head, seed, vocab_size=enc.n_vocab, n_positions=80)
+        with torch.no_grad():
+            model.wte.weight[[enc.n_vocab - 1, stop_id(enc, "a")]] += 2 * model.ln_f.bias
+        model.save_pretrained(folder / stage)
+    return folder
+
+
+def train(run_folder, enc, out, s):
+    """train_ppo -> weights of policy and value model, metrics, samples."""
+    ppo.train_ppo(str(run_folder), enc, POSTS, 70, 8, s, str(out), 0, "cpu", save_every=2,
+                  pretraining=([[1, 2, 3], [2, 2]], [[4, enc.n_vocab - 1], [5, 5]], 0.5))
+    rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(out)]
+    return [load_file(out / folder / "model.safetensors") for folder in ("", "value")], rows, (out / "samples.jsonl").read_text()
+
+
+PLAIN = dict(batch=4, iterations=4, epochs=1)
+EVERYTHING = PLAIN | dict(kl="adaptive", kl_target=.1, kl_horizon=20, value="shared", whiten_rewards=True, stop_token="a", truncate_after=2,
+                          ptx_coef=.5, ptx_ratio=2, ema=.9, tf_adam=True, adam_eps=1e-5, adam_beta2=.999)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING])
+def test_ppo_resumes_bit_for_bit(enc, run_folder, tmp_path, monkeypatch, settings):
+    """Catches state that a checkpoint forgets (β, generators, either model, the average, the place in the plan), and logs doubled."""
+    s, real = PPOSettings(**settings), ppo.update
+    calls = iter([None, None, None, KeyboardInterrupt])
 
     def stops(*args):
         if next(calls, None):
             raise KeyboardInterrupt
         return real(*args)
 
-    whole = train("whole")
+    whole = train(run_folder, enc, tmp_path / "whole", s)
     monkeypatch.setattr(ppo, "update", stops)
     with pytest.raises(KeyboardInterrupt):
-        train("halves")
-    halves = train("halves")
+        train(run_folder, enc, tmp_path / "halves", s)
+    halves = train(run_folder, enc, tmp_path / "halves", s)
     for a, b in zip(whole[0], halves[0]):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert whole[1:] == halves[1:] and [row["step"] for row in whole[1]] == [0, 1, 2, 3]
     assert whole[1][0]["kl"] < 1e-3 < whole[1][3]["kl"]
+
+
+SWITCHES = [  # (what else is set, the switch): PPO computes something else with it
+    ({}, {"kl_reward": "exact"}), ({}, {"value": "scratch"}), ({}, {"value": "shared"}), ({}, {"whiten_rewards": True}),
+    ({}, {"stop_token": "a"}), ({}, {"truncate_after": 3}), ({}, {"ptx_coef": .5}), ({"ptx_coef": .5}, {"ptx_ratio": 2}), ({}, {"ema": .9}),
+    ({}, {"adam_beta2": .999}), ({}, {"adam_eps": 1e-2}), ({"adam_eps": 1e-2}, {"tf_adam": True}),
+    ({"kl_target": .01, "kl_horizon": 20}, {"kl": "adaptive"}), ({"kl": "adaptive", "kl_horizon": 20, "iterations": 3}, {"kl_target": .01}),
+    ({"kl": "adaptive"}, {"kl_horizon": 20}), ({}, {"no_eos_score": -3.}), ({}, {"lam": .5}), ({}, {"gamma": .9}), ({}, {"clip": 1e-4}),
+    ({"epochs": 2}, {"value_clip": 1e-4}), ({}, {"value_coef": 1.}), ({}, {"temperature": 1.}), ({}, {"max_grad_norm": .01}), ({}, {"epochs": 2}),
+    ({}, {"minibatches": 1}), ({}, {"beta": .5}), ({}, {"lr": 1e-4})]
+
+
+@pytest.fixture(scope="module")
+def weights_of(enc, run_folder, tmp_path_factory):
+    """Settings -> the weights that they lead to, each trained once."""
+    @functools.cache
+    def weights(**settings):
+        s = PPOSettings(**PLAIN | {"iterations": 2, "beta": 1.0, "batch": 8, "lr": 3e-3} | settings)
+        return train(run_folder, enc, tmp_path_factory.mktemp("switch"), s)[0]
+    return weights
+
+
+@pytest.mark.parametrize("others, switch", SWITCHES, ids=[next(iter(s)) for _, s in SWITCHES])
+def test_no_switch_is_dead(weights_of, others, switch):
+    """Catches a setting that nothing reads: each gives other weights, value model included, than the same run without it."""
+    before, after = weights_of(**others), weights_of(**others | switch)
+    assert any(not torch.equal(a[name], b[name]) for a, b in zip(before, after) for name in a)
+
+
+def test_every_setting_has_its_switch_test():
+    flipped = {name for _, switch in SWITCHES for name in switch}
+    assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch"}
+
+
+def test_adaptive_kl_steers_the_next_rollout(enc, run_folder, tmp_path):
+    """Catches a controller fed with another KL or number of episodes, or one whose β is used an iteration early."""
+    _, rows, _ = train(run_folder, enc, tmp_path / "out", PPOSettings(**PLAIN, kl="adaptive", kl_target=.05, kl_horizon=16))
+    for now, then in zip(rows, rows[1:]):
+        assert then["beta"] == pytest.approx(now["beta"] * (1 + max(-.2, min(.2, now["kl_k1"] / .05 - 1)) * 4 / 16))
+    assert rows[0]["beta"] == .05 and len({row["beta"] for row in rows}) > 2
+
+
+@pytest.mark.parametrize("kind", ["separate", "scratch"])
+def test_value_model_is_trained(enc, run_folder, tmp_path, kind):
+    """Catches an optimizer that has the policy alone."""
+    before = GPT.from_pretrained(run_folder / ("reward" if kind == "separate" else "sft"), "scalar").state_dict()
+    policy, value = train(run_folder, enc, tmp_path / "out", PPOSettings(**PLAIN, value=kind))[0]
+    for weights in (policy, value):
+        assert (weights["transformer.wte.weight"] - before["wte.weight"]).abs().max() > 1e-4
+
+
+def test_value_models_start_where_they_should(enc, run_folder):
+    """Catches scratch that starts from the reward model, separate that does not, and a head that the seed does not decide."""
+    policy, reward = GPT.from_pretrained(run_folder / "sft"), GPT.from_pretrained(run_folder / "reward", "scalar")
+    models = {}
+    for kind in ("separate", "scratch"):
+        torch.manual_seed(0)
+        models[kind] = make_value_model(PPOSettings(value=kind), str(run_folder), policy, "cpu").state_dict()
+    assert all(torch.equal(p, reward.state_dict()[name]) for name, p in models["separate"].items())
+    assert all(torch.equal(p, models["scratch"][name]) for name, p in policy.state_dict().items())
+    assert models["scratch"]["score.weight"].std() > 0.1 and not torch.equal(models["scratch"]["score.weight"], reward.score.weight)
+
+
+@pytest.mark.parametrize("value, ema", [("shared", 0.), ("shared", .9), ("separate", .9)])
+def test_what_is_saved_as_the_policy(enc, run_folder, tmp_path, value, ema, monkeypatch):
+    """Catches a value head that goes out with the policy, last weights saved for the average, and a value model without its head."""
+    last, real = {}, ppo.move_average
+
+    def spy(average, model, decay):
+        real(average, model, decay)
+        last.update(average=copy.deepcopy(average), policy=copy.deepcopy(model))
+    monkeypatch.setattr(ppo, "move_average", spy)
+    train(run_folder, enc, tmp_path / "out", PPOSettings(**PLAIN, value=value, ema=ema, lr=3e-3))
+    policy, head = GPT.from_pretrained(tmp_path / "out"), GPT.from_pretrained(tmp_path / "out" / "value", "scalar")
+    assert policy.score is None and "score.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert head.score.weight.abs().max() > 0 and torch.equal(head.wte.weight, policy.wte.weight) == (value == "shared" and not ema)
+    if ema:
+        assert torch.equal(policy.wte.weight, last["average"].wte.weight) and not torch.equal(policy.wte.weight, last["policy"].wte.weight)
+
+
+def test_stop_token_is_one_token(enc, run_folder, tmp_path):
+    """Catches a stop text that the vocabulary cannot say in one token, and a window that no response reaches."""
+    assert stop_id(enc, "") == enc.n_vocab - 1 and enc.decode([stop_id(enc, ".")]) == "."
+    with pytest.raises(DataError, match="stop_token"):
+        stop_id(enc, "purple banana")
+    with pytest.raises(DataError, match="truncate_after"):
+        train(run_folder, enc, tmp_path, PPOSettings(truncate_after=8))
+
+
+@pytest.mark.parametrize("bad", [{"kl": "no"}, {"kl_target": 0.}, {"kl_horizon": 0}, {"kl_reward": "k2"}, {"value": "no"}, {"truncate_after": -1},
+                                 {"ptx_coef": -1.}, {"ptx_ratio": 0}, {"ema": 1.}, {"adam_eps": 0.}, {"adam_beta2": 1.},
+                                 {"kl_reward": "exact", "whiten_rewards": True}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(DataError, match=next(iter(bad))):
+        PPOSettings(**bad).validate()
 
 
 def test_check_sampler():

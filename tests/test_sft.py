@@ -1,4 +1,6 @@
 """sft.py: the loss token by token, the schedule, the order of rows, checkpoints that resume bit for bit, the metrics log."""
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -7,8 +9,9 @@ from conftest import random_rows, tiny_model
 
 import sft
 from data import DataError
-from sft import (MetricsLog, SFTSettings, batches, cosine, evaluate_lm, lm_loss, load_state, make_optimizer, read_metrics,
-                 row_loss, save_state, train_lm)
+from model import GPT
+from sft import (MetricsLog, SFTSettings, batches, cosine, dropout, evaluate_lm, lm_loss, load_state, make_optimizer, read_metrics,
+                 row_loss, save_state, tf_adam_step, train_lm)
 
 
 def nats(model, ids, i):
@@ -87,15 +90,138 @@ def test_training_learns_and_weight_decay_spares_vectors(g, tmp_path):
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
-def test_training_resumes_bit_for_bit(g, tmp_path, monkeypatch):
-    """Catches state that a checkpoint forgets: optimizer moments, schedule, the order of rows."""
-    rows, s, real = random_rows(g, n=12), SFTSettings(batch=2, warmup=2), sft.row_loss
+def test_tf_adam_by_hand():
+    """Catches ε on the wrong side of the bias correction, and a step counted from 0: a constant gradient of 1e-5, ε = 1e-5."""
+    for step, lr_share in ((tf_adam_step, {1: .0307, 10: .0907, 1000: .443}), (lambda o, eps: o.step(), {1: .5, 10: .5, 1000: .5})):
+        p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        optimizer, before = torch.optim.AdamW([p], lr=1.0, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0), 0.0
+        for t in range(1, 1001):
+            p.grad = torch.full((1,), 1e-5, dtype=torch.float64)
+            step(optimizer, 1e-5)
+            if t in lr_share:
+                assert before - p.item() == pytest.approx(lr_share[t], rel=2e-3)
+            before = p.item()
+
+
+def test_tf_adam_against_its_formula(g):
+    """TensorFlow 1's own update, written out, on gradients that change; a new optimizer goes on from the old one's state."""
+    p, other = torch.zeros(5, dtype=torch.float64, requires_grad=True), torch.zeros(5, dtype=torch.float64)
+    m = v = torch.zeros(5, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p], lr=0.1, betas=(0.9, 0.95), eps=1.0, weight_decay=0.0)
+    for t in range(1, 21):
+        p.grad = torch.randn(5, generator=g, dtype=torch.float64) * 1e-3
+        m, v = 0.9 * m + 0.1 * p.grad, 0.95 * v + 0.05 * p.grad ** 2
+        other = other - 0.1 * math.sqrt(1 - 0.95 ** t) / (1 - 0.9 ** t) * m / (v.sqrt() + 1e-4)
+        if t == 10:
+            state, optimizer = optimizer.state_dict(), torch.optim.AdamW([p], lr=0.1)
+            optimizer.load_state_dict(state)
+        tf_adam_step(optimizer, 1e-4)
+        torch.testing.assert_close(p.detach(), other, atol=1e-12, rtol=0)
+
+
+def test_dropout_is_on_what_each_half_adds():
+    """Catches a half without it, and dropout of the residual stream itself: with p = 1 only the embeddings are left."""
+    model, tokens = tiny_model(), torch.randint(10, (3, 7), generator=torch.Generator().manual_seed(1))
+    bare = model.ln_f(model.wte(tokens) + model.wpe.weight[:7])
+    with dropout(model, 1.0, 0):
+        torch.testing.assert_close(model.hidden(tokens), bare)
+    with torch.no_grad():  # silence one half in turn: the other one still has it
+        for block in model.blocks:
+            block.attn_proj.weight.zero_(), block.attn_proj.bias.zero_()
+    with dropout(model, 1.0, 0):
+        torch.testing.assert_close(model.hidden(tokens), bare)
+    plain = model.hidden(tokens)
+    with dropout(model, 0.2, 0):
+        assert (model.hidden(tokens) - plain).abs().max() > 0.01
+
+
+def test_dropout_is_off_behind_its_step():
+    """Catches noise where log-probabilities are compared, and masks that the seed does not decide."""
+    model, tokens = tiny_model(), torch.randint(10, (3, 7))
+    plain, noisy = model.hidden(tokens), []
+    for seed in (0, 0, 1):
+        with dropout(model, 0.2, seed):
+            noisy.append(model.hidden(tokens))
+        assert torch.equal(model.hidden(tokens), plain)
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2]) and not torch.equal(noisy[0], plain)
+    with pytest.raises(KeyboardInterrupt), dropout(model, 0.2, 0):
+        raise KeyboardInterrupt
+    assert torch.equal(model.hidden(tokens), plain)
+    with dropout(model.eval(), 0.2, 0):
+        assert torch.equal(model.hidden(tokens), plain)
+    state = torch.get_rng_state()
+    with dropout(model, 0.0, 0):
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("choose, losses, kept", [("loss", [3., 1., 2.], 2), ("loss", [1., 2., 3.], 1), ("reward", [3., 1., 2.], 2),
+                                                  ("last", [1., 2., 3.], 3)])
+def test_which_epoch_is_kept(g, tmp_path, monkeypatch, choose, losses, kept):
+    """Catches the highest loss taken for the lowest, epochs off by one, and a model that is not the one it says; after a crash too."""
+    rows, s = random_rows(g, n=8), SFTSettings(batch=2, epochs=3, warmup=2, choose=choose)
+    weights, real, given = [], sft.row_loss, iter(losses + losses)
+    crash_at = [7] if choose == "loss" else []
+
+    def loss(model, *args):
+        weights.append(copy.deepcopy(model.state_dict()))
+        if [len(weights)] == crash_at:
+            crash_at.clear()
+            raise KeyboardInterrupt
+        return real(model, *args)
+    monkeypatch.setattr(sft, "row_loss", loss)
+    monkeypatch.setattr(sft, "evaluate_lm", lambda *args: next(given))
+    if crash_at:
+        with pytest.raises(KeyboardInterrupt):
+            train_lm(tiny_model(), rows, rows, s, str(tmp_path), 0, save_every=4)
+        del weights[4:]  # it goes on behind its fourth step
+    model = tiny_model()
+    train_lm(model, rows, rows, s, str(tmp_path), 0, save_every=4)
+    weights.append(model.state_dict() if choose == "last" else GPT.from_pretrained(tmp_path / "epoch-3").state_dict())
+    expected = weights[4 * kept]  # before the first step of the next epoch
+    for result in (model, GPT.from_pretrained(tmp_path)):
+        assert all(torch.equal(p, expected[name]) for name, p in result.state_dict().items())
+    if choose == "last":
+        assert not (tmp_path / "epoch-1").exists() and not sft.epoch_losses(tmp_path)
+    else:
+        assert sft.epoch_losses(tmp_path) == dict(zip((1, 2, 3), losses))
+        first = GPT.from_pretrained(tmp_path / "epoch-1").state_dict()
+        assert all(torch.equal(p, weights[4][name]) for name, p in first.items())
+
+
+SWITCHES = {"dropout": .2, "choose": "loss", "query_weight": .5, "epochs": 2, "lr": 1e-4, "batch": 3, "warmup": 0, "final_lr": 1.,
+            "weight_decay": .5}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_no_switch_is_dead(g, tmp_path, monkeypatch, switch):
+    """Catches a setting that nothing reads."""
+    rows, results = random_rows(g, n=12), []
+    for name, flipped in (("off", {}), ("on", {switch: SWITCHES[switch]})):
+        model, losses = tiny_model(), iter([1., 2., 3., 4.])
+        s = SFTSettings(**dict(batch=4, epochs=3, warmup=2, weight_decay=.1, lr=1e-2) | flipped)
+        monkeypatch.setattr(sft, "evaluate_lm", lambda *args: next(losses))
+        train_lm(model, rows, rows, s, str(tmp_path / name), 0)
+        results.append(model.wte.weight)
+    assert not torch.equal(*results)
+
+
+def test_settings_out_of_range_are_refused():
+    assert set(SWITCHES) == {f.name for f in dataclasses.fields(SFTSettings)}
+    for bad in ({"dropout": 1.}, {"dropout": -.1}, {"choose": "best"}):
+        with pytest.raises(DataError, match=next(iter(bad))):
+            SFTSettings(**bad).validate()
+
+
+@pytest.mark.parametrize("settings", [{}, {"dropout": .2, "choose": "loss", "epochs": 2}])
+def test_training_resumes_bit_for_bit(g, tmp_path, monkeypatch, settings):
+    """Catches state that a checkpoint forgets: optimizer moments, schedule, the order of rows, dropout's masks."""
+    rows, s, real = random_rows(g, n=12), SFTSettings(**dict(batch=2, warmup=2) | settings), sft.row_loss
 
     def train(name, stop_at=None):
         steps = iter(range(100))
 
         def loss(*args):
-            if next(steps) == stop_at:
+            if torch.is_grad_enabled() and next(steps) == stop_at:  # a training step
                 raise KeyboardInterrupt
             return real(*args)
         model = tiny_model()
@@ -109,7 +235,7 @@ def test_training_resumes_bit_for_bit(g, tmp_path, monkeypatch):
     assert [row["step"] for row in read_metrics(tmp_path / "halves")] == [0, 1, 2, 3]
     halves = train("halves")
     assert all(torch.equal(p, halves[0][name]) for name, p in whole[0].items())
-    assert whole[1:] == halves[1:] and [row["step"] for row in whole[2]] == list(range(7))
+    assert whole[1:] == halves[1:] and [row["step"] for row in whole[2]] == list(range(6 * s.epochs + 1))
 
 
 def test_metrics_log_drops_what_comes_again(tmp_path):

@@ -1,6 +1,9 @@
 """The gold judge passes its own tests before anything is measured with it; labelers do what their dials say."""
+import itertools
+import math
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -110,6 +113,46 @@ def test_labeler_dials(posts):
     copied = lambda p: p["post"].split("\n")[0]
     assert agreement(world.Labeler(noise=.1, copy_bias=20.), posts, copied, full) > .95
     assert agreement(world.Labeler(noise=.1), posts, copied, full) < .05
+
+
+def labeler_of(worth, **dials):
+    """A labeler to whom text t is worth worth[t] key facts."""
+    labeler = world.Labeler(**dials)
+    labeler.worth = lambda post, text, worker: worth[text]
+    return labeler
+
+
+def test_rankings_are_plackett_luce():
+    """Catches mistakes of another distribution or scale, and ranks that run from worst to best: every order of three, and the best
+    of them, against Π e^u_i / Σ_{j≥i} e^u_j; a ranking of two is as noisy as compare()."""
+    worth, n = {"a": 1.3, "b": .4, "c": -.5}, 20000
+    labeler = labeler_of(worth, noise=0.9)
+    e = {t: math.exp(u / 0.9) for t, u in worth.items()}
+    orders = Counter("".join(t for _, t in sorted(zip(labeler.rank(None, list("abc"))[0], "abc"))) for _ in range(n))
+    for order in itertools.permutations("abc"):
+        p = math.prod(e[t] / sum(e[s] for s in order[i:]) for i, t in enumerate(order))
+        assert orders["".join(order)] / n == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+    best = Counter(labeler.best_of(None, list("abc"))[0] for _ in range(n))
+    for i, t in enumerate("abc"):
+        assert best[i] / n == pytest.approx(e[t] / sum(e.values()), abs=.015)
+    two = [np.mean([answer(None) for _ in range(n)]) for answer in (lambda p: labeler.rank(p, ["a", "b"])[0] == [0, 1],
+                                                                    lambda p: labeler.compare(p, "a", "b")[0] == 0)]
+    assert two == pytest.approx([1 / (1 + math.exp(-1))] * 2, abs=.015)
+
+
+def test_ranks_ties_and_dials():
+    """Catches ranks that skip or count ties twice, ties where none are wanted, and a flipped labeler who ranks as others do."""
+    worth = {"a": 3.1, "b": 1., "c": 2.9, "d": .9}
+    assert labeler_of(worth, noise=1e-9).rank(None, list("abcd"))[0] == [0, 2, 1, 3]
+    assert labeler_of(worth, noise=1e-9, tie=.5).rank(None, list("abcd"))[0] == [0, 2, 0, 2]  # how many are better
+    assert labeler_of(worth, noise=1e-9, tie=50.).rank(None, list("abcd"))[0] == [0, 0, 0, 0]
+    assert labeler_of(worth, noise=1e-9, tie=.5).best_of(None, list("bdac"))[0] == 2
+    post = world.make_posts(1, 0, "x")[0]
+    texts = [world.full_summary(post), "i feel {feeling}.".format(**post["facts"]), "purple banana"]
+    assert world.Labeler(noise=.01).rank(post, texts)[0] == [0, 1, 2] and world.Labeler(noise=.01).best_of(post, texts)[0] == 0
+    flipped = world.Labeler(noise=.01, flipped=True)
+    assert flipped.rank(post, texts)[0] == [2, 1, 0] and flipped.best_of(post, texts)[0] == 2
+    assert {flipped.rank(post, texts)[1] for _ in range(200)} == {f"worker-{i}" for i in range(10)}
 
 
 def test_workers_differ_and_are_reproducible(posts):

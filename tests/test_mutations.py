@@ -1,0 +1,152 @@
+"""`pytest -m mutation`: each equation is broken in a copy of the repository (a sign, an index, a mask), and the tests that guard it
+must fail. Without it a test that checks nothing would look like one that passes."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+MUTATIONS = [  # file, what stands there once, what it becomes, the tests that must notice (of tests/test_FILE.py)
+    # sft.py and what of model.py stands behind every loss
+    ("sft", "/ weights.sum()", "/ len(weights)", "lm_loss_by_hand"),
+    ("sft", "return (weights * F.cross_entropy", "return -(weights * F.cross_entropy", "lm_loss_by_hand"),
+    ("sft", "torch.where(in_query, query_weight, 1.0)", "torch.where(in_query, 1.0, query_weight)", "row_loss_token_by_token"),
+    ("sft", "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", "cosine"),
+    ("sft", '= eps / math.sqrt(1 - group', '= eps * math.sqrt(1 - group', "tf_adam_by_hand"),
+    ("sft", "t = 1 + int(", "t = int(", "tf_adam_by_hand"),
+    ("sft", "            block.dropout = 0.0", "            block.dropout = p", "dropout_is_off_behind_its_step"),
+    ("sft", "min(losses, key=losses.get)", "max(losses, key=losses.get)", "which_epoch_is_kept"),
+    ("model", "F.dropout(self.attn_proj(a), self.dropout, self.training)", "self.attn_proj(a)", "sft::dropout_is_on_what_each_half_adds"),
+    ("model", "return x + F.dropout(self.mlp_proj(", "return F.dropout(x + self.mlp_proj(", "sft::dropout_is_on_what_each_half_adds"),
+    ("model", "rows, columns - 1), tokens[rows, columns]", "rows, columns), tokens[rows, columns]", "sft::row_loss_token_by_token"),
+    ("model", "at = rows * tokens.shape[1] + columns", "at = rows * tokens.shape[1] + columns + 1", "the_last_block_may_answer_at_few_positions"),
+    ("model", "return (g @ w).float(), (g.T @ h).float(), None", "return (g @ w).float(), (h.T @ g).T.float() * 2, None",
+     "logits_keep_float32_beside_bf16_matrix_products"),
+    ("model", "x[keep], row[keep], alive[keep], position[keep]", "x[keep], row[keep], alive[keep], position[:len(keep)]",
+     "dropping_finished_rows_changes_nothing"),
+    ("model", "keys, values, P, m = keys[:, keep], values[:, keep]", "keys, values, P, m = keys[:, :len(keep)], values[:, keep]",
+     "dropping_finished_rows_changes_nothing"),
+    ("model", "mask.index_fill_(3, Q16 + t, 0)", "mask[..., Q16:].zero_()", "dropping_finished_rows_changes_nothing"),
+    ("model", "checkpoint(log_pi, *part, use_reentrant=False) for part in parts]", "log_pi(*part).detach() for part in parts]",
+     "logprobs_in_chunks_are_those_of_all_rows"),
+    # reward.py and the labelers
+    ("reward", "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)", "pairwise_loss_by_hand_and_sign"),
+    ("reward", "return F.cross_entropy(scores, best)", "return -F.cross_entropy(scores, best)", "best_of_loss_by_hand_and_gradient"),
+    ("reward", "ranks[:, :, None] < ranks[:, None, :]", "ranks[:, :, None] > ranks[:, None, :]", "kwise_loss_by_hand"),
+    ("reward", "ranks[:, :, None] < ranks[:, None, :]", "ranks[:, :, None] <= ranks[:, None, :]", "kwise_loss_is_the_mean_of_means_over_pairs"),
+    ("reward", "torch.where(better, scores[:, :, None] - scores[:, None, :], 0)", "scores[:, :, None] - scores[:, None, :]",
+     "kwise_loss_is_the_mean_of_means_over_pairs"),
+    ("reward", "/ pairs.clamp(min=1)", "/ pairs.max()", "kwise_loss_is_the_mean_of_means_over_pairs"),
+    ("reward", "(pairs > 0).sum()", "(pairs >= 0).sum()", "kwise_loss_is_the_mean_of_means_over_pairs"),
+    ("reward", "(ranks == 0).long()", "(ranks == 1).long()", "group_loss_is_the_loss_of_the_labels"),
+    ("reward", 'scores.masked_fill(ranks.isnan(), float("-inf"))', "scores", "group_loss_is_the_loss_of_the_labels"),
+    ("reward", 'for _, worse in g["pairs"]', 'for worse, _ in g["pairs"]', "group_loss_is_the_loss_of_the_labels"),
+    ("reward", '(a, b) if c["choice"] == 0 else', '(a, b) if c["choice"] == 1 else', "scores_belong_to_their_texts"),
+    ("reward", "list(better)], scores[list(rows), list(worse)]", "list(worse)], scores[list(rows), list(better)]", "scores_belong_to_their_texts"),
+    ("reward", "return torch.where(real, scores, 0)", "return scores", "score_responses_of_uneven_groups"),
+    ("reward", "int(ranks[j] < ranks[i])", "int(ranks[j] > ranks[i])", "a_ranking_is_its_pairs"),
+    ("reward", "if ranks[i] != ranks[j]", "if i != j", "a_ranking_is_its_pairs"),
+    ("reward", "candidates[1:]", "candidates", "a_ranking_is_its_pairs"),
+    ("reward", "int(i != best)", "int(i == best)", "a_choice_of_the_best_is_its_pairs"),
+    ("reward", '"pairs": [(0, 1)]', '"pairs": [(1, 0)]', "training_learns_what_was_chosen shuffled_comparisons_are_the_same_ones_in_as_many_steps"),
+    ("reward", "model.score.bias -= scores.mean()", "model.score.bias += scores.mean()", "the_shift_makes_references_0_and_moves_nothing_else"),
+    ("reward", "model.score.weight /= spread", "model.score.weight *= spread", "gain_bias_gives_mean_0_and_variance_1"),
+    ("reward", "scores.std(unbiased=False)", "scores.std()", "gain_bias_gives_mean_0_and_variance_1"),
+    ("reward", 'if start == 0 and s.normalise == "gain_bias"', "if start == -1", "gain_bias_is_applied_before_and_after_training"),
+    ("world", "- self.noise * math.log(-math.log(", "+ self.noise * math.log(-math.log(", "rankings_are_plackett_luce"),
+    ("world", "sum(other > u for other in seen)", "sum(other < u for other in seen)", "ranks_ties_and_dials"),
+    ("world", "seen.index(max(seen))", "seen.index(min(seen))", "ranks_ties_and_dials"),
+    ("run", "max(scores, key=scores.get)", "min(scores, key=scores.get)", "pipeline::the_reward_model_chooses_the_checkpoint"),
+    # ppo.py: the equations
+    ("ppo", ".sum() / mask.sum()", ".sum() / mask.numel()", "losses_are_means_over_tokens"),
+    ("ppo", "torch.where(mask, -beta * (logprobs", "torch.where(mask, beta * (logprobs", "shaped_rewards_sum_to_the_score_less_the_kl"),
+    ("ppo", "torch.where(mask, -beta * (logprobs - ref_logprobs), 0)", "-beta * (logprobs - ref_logprobs)", "what_is_masked_changes_nothing"),
+    ("ppo", "last = mask.sum(1) - 1", "last = 0 * mask.sum(1) - 1", "shaped_rewards_sum_to_the_score_less_the_kl"),
+    ("ppo", "rewards[:, t] + gamma * next_value", "rewards[:, t] - gamma * next_value", "gae_by_hand"),
+    ("ppo", "next_value = values[:, t + 1]", "next_value = values[:, t]", "gae_by_hand"),
+    ("ppo", "delta + gamma * lam * after", "delta + lam * after", "gae_is_the_weighted_sum_of_n_step_advantages"),
+    ("ppo", "torch.where(mask, rewards, 0), torch.where(mask, values, 0)", "torch.where(mask, rewards, 0), values",
+     "gae_is_the_weighted_sum_of_n_step_advantages"),
+    ("ppo", "torch.where(mask, advantages + values, 0)", "torch.where(mask, advantages - values, 0)", "gae_by_hand"),
+    ("ppo", "var = masked_mean((x - mean) ** 2, mask)", "var = ((x - mean) ** 2).mean()", "whitened_has_mean_0_and_biased_variance_1"),
+    ("ppo", "white if shift_mean else white + mean", "white + mean if shift_mean else white", "whiten_by_hand"),
+    ("ppo", "torch.maximum(plain, clipped)", "torch.minimum(plain, clipped)", "policy_loss_by_hand"),
+    ("ppo", "torch.where(mask, logprobs - old_logprobs, 0)", "torch.where(mask, old_logprobs - logprobs, 0)", "policy_loss_by_hand"),
+    ("ppo", "plain, clipped = -advantages * ratio,", "plain, clipped = advantages * ratio,", "policy_loss_by_hand"),
+    ("ppo", "return 0.5 * masked_mean(torch.maximum(plain_error", "return masked_mean(torch.maximum(plain_error", "value_loss_by_hand"),
+    ("ppo", "clipped = old_values + (values", "clipped = returns + (values", "value_loss_by_hand"),
+    ("ppo", "torch.expm1(-delta) + delta", "torch.expm1(delta) - delta", "kl_estimates_are_unbiased"),
+    ("ppo", "delta = torch.where(mask.bool(), logprobs - ref_logprobs, 0)", "delta = logprobs - ref_logprobs", "what_is_masked_changes_nothing"),
+    ("ppo", "kl / self.target - 1", "1 - kl / self.target", "adaptive_kl_by_hand"),
+    ("ppo", "min(0.2, max(-0.2, kl / self.target - 1))", "kl / self.target - 1", "adaptive_kl_by_hand"),
+    ("ppo", "error * n_episodes / self.horizon", "error * self.horizon / n_episodes", "adaptive_kl_by_hand"),
+    ("ppo", "(index >= after)", "(index > after)", "truncation_row_by_row"),
+    ("ppo", " & (index < R)", "", "truncation_row_by_row"),
+    ("ppo", "stops.long().argmax(1) + 1", "stops.long().argmax(1)", "truncation_by_hand"),
+    ("ppo", "lerp_(p, 1 - decay)", "lerp_(p, decay)", "average_is_the_weighted_sum_of_all_weights"),
+    ("ppo", "return -beta * (logprobs - ref_logprobs - kl)", "return beta * (logprobs - ref_logprobs - kl)",
+     "the_whole_chain_is_the_gradient_of_score_less_kl"),
+    ("ppo", "(s.ptx_coef * loss).backward()", "(-s.ptx_coef * loss).backward()", "ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss"),
+    ("ppo", "query_weight) / s.ptx_ratio", "query_weight)", "ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss"),
+    # ppo.py: what the equations are given
+    ("ppo", "model.unembed(x[rows]) / temperature, -1)", "model.unembed(x[rows]), -1)", "rollout_against_a_calculation_row_by_row"),
+    ("ppo", "(p * (logp - ref_logp)).sum(-1)", "(ref_logp.exp() * (ref_logp - logp)).sum(-1)", "kl_estimates_are_unbiased"),
+    ("ppo", "None if s.truncate_after else stop", "stop", "rollout_ends_by_the_truncation_rule"),
+    ("ppo", "torch.where(ended, reward_model", "torch.where(~ended, reward_model", "rollout_against_a_calculation_row_by_row"),
+    ("ppo", "mask, shift_mean=False)", "mask)", "rollout_with_whitened_rewards"),
+    ("ppo", "advantages = advantages + own_kl", "advantages = advantages - own_kl", "rollout_with_the_exact_kl"),
+    ("ppo", "score, whiten(advantages, mask)", "score, advantages", "rollout_against_a_calculation_row_by_row"),
+    ("ppo", "(pg + s.value_coef * vf)", "(pg - s.value_coef * vf)", "update_brings_values_closer_to_returns"),
+    ("ppo", "(pg + s.value_coef * vf)", "(s.value_coef * vf - pg)", "update_raises_what_had_an_advantage"),
+    ("ppo", "zeros_(policy.score.weight)", "normal_(policy.score.weight)", "a_shared_value_head_trains_the_trunk"),
+    ("ppo", "[policy] if value_model is policy else [policy, value_model]", "[policy]", "value_model_is_trained"),
+    ("ppo", "controller.update(k1, len(rows))", "controller.update(k1, 1)", "adaptive_kl_steers_the_next_rollout"),
+    ("ppo", "final = average if s.ema else policy", "final = policy", "what_is_saved_as_the_policy"),
+]
+
+
+def guards(file, names):
+    """Test ids such as tests/test_ppo.py::test_gae_by_hand."""
+    ids = (name.split("::") if "::" in name else (file, name) for name in names.split())
+    return [f"tests/test_{where}.py::test_{name}" for where, name in ids]
+
+
+def run_tests(folder, ids):
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *ids]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def copy(tmp_path):
+    skip = shutil.ignore_patterns(".*", "out", "__pycache__", "v", "*.md")
+    return shutil.copytree(ROOT, tmp_path / "copy", ignore=skip)
+
+
+def test_the_table_fits_the_code():
+    """Quick, and always run: what is to be broken stands there exactly once, and the tests named exist."""
+    for file, line, mutated, names in MUTATIONS:
+        with open(os.path.join(ROOT, file + ".py")) as f:
+            assert f.read().count(line) == 1 and mutated != line, (file, line)
+        for module, name in (guard.split("::") for guard in guards(file, names)):
+            with open(os.path.join(ROOT, module)) as f:
+                assert re.search(rf"^def {name}\(", f.read(), re.M), (module, name)
+
+
+@pytest.mark.mutation
+def test_unbroken_code_passes(copy):
+    """Otherwise the failures below would say nothing."""
+    done = run_tests(copy, sorted({guard for file, _, _, names in MUTATIONS for guard in guards(file, names)}))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("file, line, mutated, names", MUTATIONS, ids=[f"{file}: {mutated}" for file, _, mutated, _ in MUTATIONS])
+def test_broken_code_fails(copy, file, line, mutated, names):
+    path = copy / f"{file}.py"
+    path.write_text(path.read_text().replace(line, mutated))
+    done = run_tests(copy, guards(file, names))
+    assert done.returncode == 1, f"nobody noticed:\n{done.stdout}{done.stderr}"  # 1: tests ran and one failed
