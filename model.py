@@ -446,6 +446,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.score = nn.Linear(c.n_embd, 1) if head == "scalar" else None
         self.amp_dtype = torch.float32  # see choose_precision
+        self.recompute = False  # keep of each block its input alone and compute the rest again in the backward pass
         self.init_weights()
 
     @torch.no_grad()
@@ -475,6 +476,11 @@ class GPT(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.amp_dtype)
 
+    def run(self, block, *args):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
     def hidden(self, tokens, rows=None, columns=None):
         """tokens [B, T] -> float32 hidden states after the final layer norm [B, T, d]; at the positions (rows [N],
         columns [N]) alone, which saves most of the last block, [N, d]."""
@@ -485,11 +491,11 @@ class GPT(nn.Module):
         with self.amp():
             x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
             for block in self.blocks[:-1]:
-                x = block(x)
+                x = self.run(block, x)
             if rows is None:
-                return self.ln_f(self.blocks[-1](x)[:, :T].float())
+                return self.ln_f(self.run(self.blocks[-1], x)[:, :T].float())
             at = rows * tokens.shape[1] + columns
-            x = self.blocks[-1](x, F.pad(at, (0, round_up(len(at), 128) - len(at))))[:len(at)]
+            x = self.run(self.blocks[-1], x, F.pad(at, (0, round_up(len(at), 128) - len(at))))[:len(at)]
         return self.ln_f(x.float())
 
     def unembed(self, h):

@@ -59,12 +59,15 @@ class PPOSettings:
     adam_beta2: float = 0.95  # Adam's decay of squared gradients (InstructGPT 0.95, Ziegler 0.999)
     adam_eps: float = 1e-8  # Adam's ε (Ziegler 1e-5)
     tf_adam: bool = False  # ε where TensorFlow 1 adds it: smaller first steps (Ziegler's code)
+    micro: int = 0  # episodes per forward and backward pass, 0: a whole minibatch; the same gradient in less memory
+    recompute: bool = False  # compute activations again in the backward pass: far less memory, a third more time
     max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart
 
     def validate(self):
         check(self.lr > 0 and self.iterations > 0 and self.batch > 0 and self.epochs > 0, "lr, iterations, batch and epochs "
               "must be above 0")
         check(0 < self.minibatches <= self.batch, "minibatches must be between 1 and batch")
+        check(self.micro >= 0, "micro must not be negative")
         check(self.beta >= 0, "beta must not be negative: a negative KL penalty rewards leaving the reference")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
         check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")
@@ -300,28 +303,30 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
     totals, steps, first = {}, 0, None
     R = r.mask.shape[1]
     for _ in range(s.epochs):
-        for rows in torch.randperm(len(r.tokens), generator=generator).chunk(s.minibatches):
-            rows = rows.to(r.tokens.device)
-            width = int(r.lengths[rows].max())
-            batch = r.tokens[rows, :width], r.query_lengths[rows], r.lengths[rows], R
-            mask = r.mask[rows]
-            pg, stats = policy_loss(policy.logprobs(*batch, s.temperature), r.logprobs[rows], r.advantages[rows], mask, s.clip)
-            vf, value_stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], mask, s.value_clip)
-            if first is None:
-                first = stats
-                check_ratio(stats, policy.amp_dtype)
+        for minibatch in torch.randperm(len(r.tokens), generator=generator).chunk(s.minibatches):
+            minibatch = minibatch.to(r.tokens.device)
             optimizer.zero_grad(set_to_none=True)
-            (pg + s.value_coef * vf).backward()
+            for rows in minibatch.split(s.micro or len(minibatch)):
+                mask, share = r.mask[rows], (r.mask[rows].sum() / r.mask[minibatch].sum()).item()  # losses are means over tokens
+                batch = r.tokens[rows, :int(r.lengths[rows].max())], r.query_lengths[rows], r.lengths[rows], R
+                pg, stats = policy_loss(policy.logprobs(*batch, s.temperature), r.logprobs[rows], r.advantages[rows], mask, s.clip)
+                if first is None:
+                    first = stats
+                    check_ratio(stats, policy.amp_dtype)
+                (share * pg).backward()  # before the value model's forward: one network's activations at a time
+                vf, value_stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], mask, s.value_clip)
+                (share * s.value_coef * vf).backward()
+                for key, value in {"policy_loss": pg.item(), "value_loss": vf.item(), **stats, **value_stats}.items():
+                    totals[key] = totals.get(key, 0.0) + share * value
             if s.ptx_coef:
-                stats["ptx_loss"] = ptx_backward(policy, pretraining, len(rows), s, generator)
+                loss = ptx_backward(policy, pretraining, len(minibatch), s, generator)
+                totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + loss
             for model in {policy, value_model}:  # one and the same where the value head is shared
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
             tf_adam_step(optimizer, s.adam_eps) if s.tf_adam else optimizer.step()
             if average is not None:
                 move_average(average, policy, s.ema)
             steps += 1
-            for key, value in {"policy_loss": pg.item(), "value_loss": vf.item(), **stats, **value_stats}.items():
-                totals[key] = totals.get(key, 0.0) + value
     return {key: value / steps for key, value in totals.items()} | {"first_log_ratio": first["max_log_ratio"]}
 
 
@@ -403,6 +408,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
     value_model = make_value_model(s, folder_of_run, policy, device)
     average = copy.deepcopy(policy) if s.ema else None
     trained = [policy] if value_model is policy else [policy, value_model]
+    for model in trained:
+        model.recompute = s.recompute
     saved = trained + [average] if s.ema else trained
     queries = [encode_query(enc, post, Q) for post in posts]
     plan = prompt_plan(len(queries), s, seed)

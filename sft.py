@@ -38,12 +38,14 @@ class SFTSettings:
     final_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices and embeddings
     query_weight: float = 0.0  # what a query token counts in the loss; a response token counts 1
+    micro: int = 0  # rows per forward and backward pass, 0: the whole batch; the same gradient in less memory
+    recompute: bool = False  # compute activations again in the backward pass: far less memory, a third more time
     dropout: float = 0.0  # residual dropout while training (InstructGPT 0.2)
     choose: str = "last"  # the epoch whose weights are kept: last, loss (lowest held out) or reward (the reward model's; InstructGPT C.1)
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
-        check(self.warmup >= 0 and self.weight_decay >= 0, "warmup and weight_decay must not be negative")
+        check(self.warmup >= 0 and self.weight_decay >= 0 and self.micro >= 0, "warmup, weight_decay and micro must not be negative")
         check(0 <= self.final_lr <= 1 and 0 <= self.query_weight <= 1, "final_lr and query_weight must lie between 0 and 1")
         check(0 <= self.dropout < 1, "dropout must be at least 0 and below 1")
         check(self.choose in ("last", "loss", "reward"), "choose must be last, loss or reward")
@@ -319,6 +321,18 @@ def row_loss(model, queries, responses, query_weight):
     return lm_loss(model.unembed(h), targets, torch.where(in_query, query_weight, 1.0)[mask])
 
 
+def backward_rows(model, queries, responses, s):
+    """The gradient of row_loss over all rows, s.micro of them at a time: each part counts by its tokens. -> the loss"""
+    tokens = [len(r) + s.query_weight * (len(q) - 1) for q, r in zip(queries, responses)]
+    size, total = s.micro or len(queries), 0.0
+    for i in range(0, len(queries), size):
+        part = slice(i, i + size)
+        loss = row_loss(model, queries[part], responses[part], s.query_weight) * (sum(tokens[part]) / sum(tokens))
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 @torch.no_grad()
 def evaluate_lm(model, queries, responses, batch=64):
     """Mean of -log π per response token, in nats."""
@@ -358,7 +372,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 
     With choose = loss or reward every epoch's model is kept in epoch-N/, and the one with the lowest held-out loss is the result: for
     reward until there is a reward model to choose (run.py)."""
-    s = settings
+    s, model.recompute = settings, settings.recompute
     queries, responses = train
     plan = batches(len(queries), s.batch, s.epochs, seed, [len(q) + len(r) for q, r in zip(queries, responses)])
     per_epoch = len(plan) // s.epochs
@@ -368,17 +382,16 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
     for step in tqdm(range(start, len(plan)), initial=start, total=len(plan), desc=name, unit="step"):
         set_lr(optimizer, s.lr * cosine(step, len(plan), s.warmup, s.final_lr))
         rows = plan[step]
-        with dropout(model, s.dropout, seed * 10**6 + step):
-            loss = row_loss(model, [queries[i] for i in rows], [responses[i] for i in rows], s.query_weight)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with dropout(model, s.dropout, seed * 10**6 + step):  # the backward pass may compute the forward again
+            loss = backward_rows(model, [queries[i] for i in rows], [responses[i] for i in rows], s)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         kept = {}
         if s.choose != "last" and (step + 1) % per_epoch == 0:
             kept = {"epoch": (step + 1) // per_epoch, "valid_loss": evaluate_lm(model, *valid)}
             model.save_pretrained(epoch_folder(folder, kept["epoch"]))
-        log.write(step, loss=loss.item(), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], **kept)
+        log.write(step, loss=loss, grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], **kept)
         if (step + 1) % save_every == 0 and step + 1 < len(plan):
             save_state(folder, step + 1, [model], optimizer, generator)
     if s.choose != "last":

@@ -440,6 +440,21 @@ def test_update_brings_values_closer_to_returns(iteration, g):
     assert error(value.values(r.tokens, r.query_lengths, r.lengths, r.mask.shape[1])) < 0.9 * error(r.values)
 
 
+def test_micro_batches_and_recomputing_change_no_gradient(iteration, g):
+    """Catches parts of a minibatch that count by their rows and not by their tokens, and a block recomputed differently."""
+    policy, _, _, value, s, _, r = iteration
+    s.epochs, s.minibatches, s.max_grad_norm, gradients = 1, 2, 1e9, []
+    for micro, recompute in ((0, False), (3, False), (0, True)):
+        s.micro, policy.recompute, value.recompute = micro, recompute, recompute
+        stats = update(policy, value, make_optimizer([policy, value], 0.0, 0.0), r, s, torch.Generator().manual_seed(1))
+        gradients.append([torch.tensor([stats["policy_loss"], stats["value_loss"], stats["value_error"]])]
+                         + [p.grad.clone() for model in (policy, value) for p in model.parameters() if p.grad is not None])
+    assert len(r.tokens) // 2 > 3 and len(set(r.mask.sum(1).tolist())) > 1
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_update_refuses_a_policy_that_did_not_sample(iteration, g):
     """Catches a temperature that differs between sampling and training, at run time."""
     policy, _, _, value, s, _, r = iteration
@@ -677,7 +692,7 @@ def test_no_switch_is_dead(weights_of, others, switch):
 
 def test_every_setting_has_its_switch_test():
     flipped = {name for _, switch in SWITCHES for name in switch}
-    assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch"}
+    assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch", "micro", "recompute"}
 
 
 def test_adaptive_kl_steers_the_next_rollout(enc, run_folder, tmp_path):

@@ -205,8 +205,39 @@ def test_no_switch_is_dead(g, tmp_path, monkeypatch, switch):
     assert not torch.equal(*results)
 
 
+def test_micro_batches_and_recomputing_change_no_gradient(g):
+    """Catches parts of a batch that count by their rows and not by their weighted tokens, and blocks recomputed differently."""
+    queries, responses = random_rows(g, n=7, query=(3, 9), response=(1, 7))
+    results = []
+    for more in ({}, {"micro": 3}, {"recompute": True}, {"micro": 1, "recompute": True}):
+        model, s = tiny_model(), SFTSettings(query_weight=.3, **more)
+        model.recompute = s.recompute
+        loss = sft.backward_rows(model, queries, responses, s)
+        results.append([torch.tensor(loss)] + [p.grad for p in model.parameters()])
+    torch.testing.assert_close(results[0][0], row_loss(tiny_model(), queries, responses, .3), atol=1e-6, rtol=0)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_recomputing_keeps_fewer_activations(g, tmp_path):
+    """Catches a switch that does nothing, and dropout masks that differ between a forward and its recomputation."""
+    rows, saved, results = random_rows(g, n=8), [], []
+    for recompute in (False, True):
+        sizes, model = [], tiny_model()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model.recompute = recompute
+            row_loss(model, *rows, .3)
+        saved.append(sum(sizes))
+        s = SFTSettings(batch=8, epochs=1, warmup=0, dropout=.2, recompute=recompute)
+        train_lm(model, rows, rows, s, str(tmp_path / str(recompute)), 0)
+        results.append(model.wte.weight)
+    assert saved[1] < .5 * saved[0]
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
 def test_settings_out_of_range_are_refused():
-    assert set(SWITCHES) == {f.name for f in dataclasses.fields(SFTSettings)}
+    assert set(SWITCHES) | {"micro", "recompute"} == {f.name for f in dataclasses.fields(SFTSettings)}
     for bad in ({"dropout": 1.}, {"dropout": -.1}, {"choose": "best"}):
         with pytest.raises(DataError, match=next(iter(bad))):
             SFTSettings(**bad).validate()
