@@ -628,8 +628,7 @@ class GPT(nn.Module):
         alive = torch.ones(B * n, dtype=torch.bool, device=device)
         position = lengths.repeat_interleave(n)  # of the token to come
         t = torch.zeros(1, dtype=torch.long, device=device)  # its number; a tensor, so that a CUDA graph can count
-        keys = torch.zeros(c.n_layer, B * n, H, D, R, dtype=step_dtype, device=device)
-        values = torch.zeros(c.n_layer, B * n, H, R, D, dtype=step_dtype, device=device)
+        own = torch.zeros(c.n_layer, 2, B * n, H, R, D, dtype=step_dtype, device=device)  # keys and values of the responses
         mask = torch.full((B, 1, 1, Q16 + R), float("-inf"), dtype=step_dtype, device=device)  # added to the scores
         mask[..., :Q16].masked_fill_((torch.arange(Q16, device=device) < lengths[:, None])[:, None, None], 0)
         uniform = torch.rand(B * n, R, generator=generator).to(device)
@@ -652,17 +651,18 @@ class GPT(nn.Module):
             if eos is not None:
                 alive.logical_and_(token != eos)
 
-        def read(width):
-            """Take y_t in: the hidden state before y_{t+1}. The response cache is read up to column `width`."""
+        def read():
+            """Take y_t in: the hidden state before y_{t+1}. The whole cache is read each time, columns to come under the mask:
+            products with a part of it would first copy that part."""
             def attend(i, q, k, v):
-                keys[i].index_copy_(3, t, k.view(-1, H, D, 1))
-                values[i].index_copy_(2, t, v.view(-1, H, 1, D))
+                own[i, 0].index_copy_(2, t, k.view(-1, H, 1, D))
+                own[i, 1].index_copy_(2, t, v.view(-1, H, 1, D))
                 q = q.view(-1, H, 1, D) / math.sqrt(D)
                 to_query = q.view(P, m, H, D).transpose(1, 2) @ past[i, 0].transpose(-1, -2)  # [P, H, m, Q]
-                to_self = (q @ keys[i, ..., :width]).view(P, m, H, width).transpose(1, 2)  # [P, H, m, width]
-                weights = (torch.cat([to_query, to_self], -1) + mask[..., :Q16 + width]).softmax(-1)
+                to_self = (q @ own[i, 0].transpose(-1, -2)).view(P, m, H, R).transpose(1, 2)  # [P, H, m, R]
+                weights = (torch.cat([to_query, to_self], -1) + mask).softmax(-1)
                 from_query = (weights[..., :Q16] @ past[i, 1]).transpose(1, 2)  # [P, m, H, D]
-                from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, width) @ values[i, :, :, :width]
+                from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, R) @ own[i, 1]
                 return from_query.reshape(-1, H * D) + from_self.view(-1, H * D)
 
             mask.index_fill_(3, Q16 + t, 0)
@@ -684,17 +684,17 @@ class GPT(nn.Module):
                         sample = living[query].long().argsort(dim=1, descending=True, stable=True)[:, :m_left]
                         keep = (query[:, None] * m + sample).flatten()
                         x, row, alive, position, token = x[keep], row[keep], alive[keep], position[keep], token[keep]
-                        keys, values, P, m = keys[:, keep], values[:, keep], P_left, m_left
+                        own, P, m = own[:, :, keep], P_left, m_left
                         if len(query) < len(mask):
                             past, mask = past[:, :, query], mask[query]
             if static and device.type == "cuda" and step == 1:  # step 0 has warmed everything up
-                graph = cuda_graph(lambda: (choose(), read(R)))
+                graph = cuda_graph(lambda: (choose(), read()))
             if graph is not None:
                 graph.replay()
                 continue
             choose()
             if step < R - 1:
-                read(R if static else step + 1)
+                read()
 
         # 3. a response ends with its first EOS; what was sampled behind it never happened
         column = torch.arange(R, device=device)

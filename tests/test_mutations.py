@@ -28,7 +28,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
      "logits_keep_float32_beside_bf16_matrix_products"),
     ("model", "x[keep], row[keep], alive[keep], position[keep]", "x[keep], row[keep], alive[keep], position[:len(keep)]",
      "dropping_finished_rows_changes_nothing"),
-    ("model", "keys, values, P, m = keys[:, keep], values[:, keep]", "keys, values, P, m = keys[:, :len(keep)], values[:, keep]",
+    ("model", "own, P, m = own[:, :, keep], P_left", "own, P, m = own[:, :, :len(keep)], P_left",
      "dropping_finished_rows_changes_nothing"),
     ("model", "mask.index_fill_(3, Q16 + t, 0)", "mask[..., Q16:].zero_()", "dropping_finished_rows_changes_nothing"),
     ("model", "checkpoint(log_pi, *part, use_reentrant=False) for part in parts]", "log_pi(*part).detach() for part in parts]",
