@@ -644,8 +644,10 @@ class GPT(nn.Module):
             else:
                 p = (z / temperature).softmax(-1)
                 cdf = p.cumsum(-1)  # inverse CDF: ten times cheaper on CPU than torch.multinomial
-                u = uniform[row, t, None] * cdf[:, -1:]
-                token.copy_(torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp_(max=c.vocab_size - 1))
+                total = cdf[:, -1:].contiguous()
+                drawn = torch.searchsorted(cdf, uniform[row, t, None] * total, right=True)
+                last = torch.searchsorted(cdf, total)  # the last token of any probability, should the product round up to total
+                token.copy_(torch.minimum(drawn, last).squeeze(-1))
                 logprobs[row, t] = p.gather(1, token[:, None]).squeeze(1).log()
             sampled[row, t] = token
             if eos is not None:

@@ -313,6 +313,17 @@ def test_samples_follow_the_distribution():
     assert value - freedom > 6 * math.sqrt(2 * freedom)
 
 
+def test_the_largest_uniform_draws_a_token_of_some_probability(monkeypatch):
+    """Catches the end of the vocabulary, of probability 0, drawn where a uniform times the total rounds up to the total."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.wte.weight[6:] = -1e4 * model.ln_f.bias / model.ln_f.bias.norm() ** 2  # their logits: about -10,000
+        model.ln_f.weight.mul_(1e-3)
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: torch.ones(*shape))
+    out, ends, logprobs = model.generate(torch.tensor([[1, 2]]), torch.tensor([2]), 5, 1.0)
+    assert (out[0, 2:] < 6).all() and logprobs.isfinite().all()
+
+
 def test_generate_shapes():
     """Catches internal padding that leaks into what is handed back: tokens are [B·n, Q + R], whatever Q is."""
     for Q in (1, 5, 16, 17, 33):
