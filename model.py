@@ -4,7 +4,7 @@ GPT-2 from scratch, in one file: the transformer, its attention, the sampler, an
 References: Radford et al. 2019 (GPT-2); Stiennon 2020 appendix B (scalar head); Hugging Face's GPT-2 checkpoint layout.
 
     model = GPT(GPTConfig(vocab_size=1024))            # or GPT.from_pretrained("out/tiny-seed1/sft")
-    tokens, lengths, logprobs = model.generate(queries, lengths, max_new_tokens=48, temperature=0.7, eos=0)
+    tokens, lengths, logprobs = model.generate(queries, lengths, max_new_tokens=48, temperature=0.7, eos=model.config.eos)
 
 Rows are right-padded everywhere and carry `lengths`. Causality hides what stands to the right of a position, so the
 attention over whole rows needs the causal mask alone, positions are 0..T-1, and nothing is ever shifted; only where
@@ -352,14 +352,22 @@ def attention(q, k, v):
 def cuda_graph(step):
     """The launches of step() as one graph: replaying costs the CPU microseconds where launching costs milliseconds. None,
     with the reason printed, where it cannot be had; nothing has run then."""
+    if cuda_graph.fails:
+        return None
+    stream = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
         return graph
     except RuntimeError as e:
-        print(f"sampler: no CUDA graph, each step is launched by itself ({str(e).splitlines()[0]})")
+        torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own
+        cuda_graph.fails = True
+        print(f"sampler: no CUDA graph, each step is launched by itself ({str(e.__context__ or e).splitlines()[0]})")
         return None
+
+
+cuda_graph.fails = False
 
 
 def logits(h, w, dtype):
@@ -681,8 +689,9 @@ class GPT(nn.Module):
                 if not static:  # m and P go down in steps: a bf16 library compiles kernels for each new shape
                     m_left = min(m, round_up(int(living.sum(1).max()), 4))
                     P_left = min(P, round_up(int(living.any(1).sum()), 8 if m % 4 == 0 else 32))
-                    if P_left * m_left <= 0.75 * P * m:  # the living first; a few finished ones fill up the sizes
-                        query = living.any(1).long().argsort(descending=True, stable=True)[:P_left]
+                    if P_left * m_left <= 0.75 * P * m:  # a few finished ones fill up the sizes
+                        # queries keep their order: where all of them stay, their caches stay as they are
+                        query = living.any(1).long().argsort(descending=True, stable=True)[:P_left].sort().values
                         sample = living[query].long().argsort(dim=1, descending=True, stable=True)[:, :m_left]
                         keep = (query[:, None] * m + sample).flatten()
                         x, row, alive, position, token = x[keep], row[keep], alive[keep], position[keep], token[keep]

@@ -67,7 +67,8 @@ class PPOSettings:
         check(self.lr > 0 and self.iterations > 0 and self.batch > 0 and self.epochs > 0, "lr, iterations, batch and epochs "
               "must be above 0")
         check(0 < self.minibatches <= self.batch, "minibatches must be between 1 and batch")
-        check(self.micro >= 0, "micro must not be negative")
+        check(self.micro >= 0 and self.value_coef >= 0, "micro and value_coef must not be negative")
+        check(self.max_grad_norm > 0, "max_grad_norm must be above 0")
         check(self.beta >= 0, "beta must not be negative: a negative KL penalty rewards leaving the reference")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
         check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")

@@ -272,11 +272,13 @@ def test_generate_logprobs_are_the_models(g):
     assert (out[torch.arange(24), ends - 1][stopped] == 3).all() and 0 < stopped.sum() < 24
 
 
-@pytest.mark.parametrize("rows, n, static", [(160, 1, False), (40, 4, False), (20, 8, False), (20, 8, True)])
-def test_dropping_finished_rows_changes_nothing(g, rows, n, static):
-    """Catches a cache, mask, position or uniform that goes with another row once most of 160 rows have ended and left: by
-    query, by sample, by both; and a step of fixed shapes, as GPUs take it, that reads columns not written yet."""
-    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=rows)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows, n, static", [(160, 1, False), (40, 4, False), (20, 8, False), (24, 6, False), (20, 8, True)])
+def test_dropping_finished_rows_changes_nothing(rows, n, static, seed):
+    """Catches a cache, mask, position or uniform that goes with another row once most rows have ended and left: by query, by
+    sample, by both, by sample while a query without living samples stays; and a step of fixed shapes, as GPUs take it, that
+    reads columns not written yet."""
+    model, (queries, _) = tiny_model(seed=3), random_rows(torch.Generator().manual_seed(seed), n=rows)
     tokens, lengths = pad_rows(queries)
     (all_tokens, _, all_logprobs), (out, ends, logprobs) = (
         model.generate(tokens, lengths, 16, 1.0, eos, torch.Generator().manual_seed(5), n, static and eos == 3)
@@ -289,7 +291,7 @@ def test_dropping_finished_rows_changes_nothing(g, rows, n, static):
         assert out[b, start:].tolist() == sampled[:size] + [0] * (out.shape[1] - start - size)
         torch.testing.assert_close(logprobs[b, :size], all_logprobs[b, :size], atol=1e-5, rtol=0)
         sizes.append(size)
-    assert sum(size < 8 for size in sizes) > 70 and sum(size == 16 for size in sizes) > 10
+    assert sum(size < 8 for size in sizes) > .4 * len(sizes) and sum(size == 16 for size in sizes) > 5
 
 
 def test_samples_follow_the_distribution():

@@ -31,6 +31,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("model", "own, P, m = own[:, :, keep], P_left", "own, P, m = own[:, :, :len(keep)], P_left",
      "dropping_finished_rows_changes_nothing"),
     ("model", "torch.minimum(drawn, last)", "drawn.clamp(max=c.vocab_size - 1)", "the_largest_uniform_draws_a_token_of_some_probability"),
+    ("model", "[:P_left].sort().values", "[:P_left]", "dropping_finished_rows_changes_nothing"),
     ("model", "mask.index_fill_(3, Q16 + t, 0)", "mask[..., Q16:].zero_()", "dropping_finished_rows_changes_nothing"),
     ("model", "checkpoint(log_pi, *part, use_reentrant=False) for part in parts]", "log_pi(*part).detach() for part in parts]",
      "logprobs_in_chunks_are_those_of_all_rows"),
