@@ -40,7 +40,7 @@ class PPOSettings:
     beta: float = 0.05  # KL coefficient (Stiennon 0.05, InstructGPT 0.02); where an adaptive one starts (Ziegler 0.15)
     kl: str = "fixed"  # fixed or adaptive: how the KL coefficient goes on (Ziegler §2.2)
     kl_target: float = 6.0  # adaptive: the KL to the reference, in nats per response, that it steers to
-    kl_horizon: int = 10000  # adaptive: episodes over which it steers; the papers' is 1 % of theirs
+    kl_horizon: int = 10000  # adaptive: episodes over which it steers; Ziegler's is 1 % of theirs, here that would be 8
     kl_reward: str = "k1"  # k1: each token pays log π - log π_ref; exact: each state pays its KL over the whole vocabulary
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
@@ -383,6 +383,12 @@ def stop_id(enc, text):
     return ids[0]
 
 
+def check_stop(enc, s, R):
+    """Whether the truncation rule fits the vocabulary and the length of responses. -> the stop token's id"""
+    check(s.truncate_after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
+    return stop_id(enc, s.stop_token)
+
+
 def make_value_model(s, folder_of_run, policy, device):
     """The reward model (Stiennon, InstructGPT), the SFT model with a new head, or a head of zeros on the policy (Ziegler)."""
     if s.value != "shared":
@@ -401,8 +407,7 @@ def pretraining_rows(run, s):
 
 def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5, pretraining=None):
     """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used."""
-    check(s.truncate_after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
-    stop = stop_id(enc, s.stop_token)
+    stop = check_stop(enc, s, R)
     torch.manual_seed(seed)  # for the head of a value model from scratch
     policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
     reward_model = load_model(os.path.join(folder_of_run, "reward"), device, "scalar")

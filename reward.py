@@ -276,7 +276,7 @@ def split_comparisons(enc, path, Q, R):
 
 
 def train_reward(model, groups, rows, settings, folder, seed, save_every=50):
-    """One epoch of the loss, then the shift (with gain_bias also the scale) that normalises the scores of rows (queries, responses)."""
+    """Epochs of the loss, then the shift (with gain_bias also the scale) that normalises the scores of rows (queries, responses)."""
     s = settings
     check_labels(groups, s.loss)
     entries = groups if s.group else ungroup(groups)

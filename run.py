@@ -26,8 +26,8 @@ import world
 from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
                   save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
-from ppo import PPOSettings, pretraining_rows, train_ppo
-from reward import (CollectSettings, RewardSettings, collect, labeler_agreement, normalising_rows, sample_responses, score_all,
+from ppo import PPOSettings, check_stop, pretraining_rows, train_ppo
+from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows, sample_responses, score_all,
                     split_comparisons, train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
                  pick_device, run_main, train_lm)
@@ -149,6 +149,9 @@ def stage_data(run):
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
     os.makedirs(path(run, "data"), exist_ok=True)
+    check_stop(enc, s.ppo, R)  # what later stages would refuse is refused before any work
+    if run.comparisons_file is not None:
+        check_labels(group_by_post(enc, load_comparisons(run.comparisons_file)[0], Q, R), s.reward.loss)
     save_encoding(enc, path(run, "tokenizer.json"))
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
@@ -313,10 +316,11 @@ def run_stages(run):
             continue
         print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
         began, worked = time.time(), True
+        goes_on = os.path.exists(path(run, os.path.dirname(result), "state.pt"))
         try:
             stage(run)
-        finally:  # an interrupted stage has cost its time too
-            seconds[name] = seconds.get(name, 0.0) + time.time() - began
+        finally:  # an interrupted stage has cost its time too; one that begins anew begins at 0
+            seconds[name] = (seconds.get(name, 0.0) if goes_on else 0.0) + time.time() - began
             write_atomic(seconds_file, json.dumps(seconds))
     return seconds, worked
 
@@ -358,7 +362,14 @@ def main():
                       "settings": dataclasses.asdict(settings)})
     run = SimpleNamespace(folder=out, settings=settings, seed=args.seed, device=pick_device(args.device), posts_file=args.posts,
                           comparisons_file=args.comparisons)
-    seconds, worked = run_stages(run)
+    try:
+        seconds, worked = run_stages(run)
+    except DataError:
+        if not os.path.exists(path(run, "data", "lengths.json")):  # nothing was begun: other settings may take the folder
+            for name in ("config.json", "seconds.json"):
+                if os.path.exists(path(run, name)):
+                    os.remove(path(run, name))
+        raise
     evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 

@@ -235,7 +235,10 @@ def add_round(case):
 def run_child(case):
     done = subprocess.run([sys.executable, os.path.abspath(__file__), "--case", json.dumps(case)], capture_output=True, text=True)
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        *said, last = done.stdout.splitlines()
+        result = json.loads(last)
+        fallen_back = [line for line in said if line.startswith(("attention: plain", "sampler: no CUDA graph"))]
+        return result | {"note": " ".join([result["note"]] * bool(result["note"]) + fallen_back)}
     if done.returncode < 0:
         return {"error": f"ended by signal {-done.returncode}" + (" (out of memory?)" if done.returncode == -9 else "")}
     return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}

@@ -311,3 +311,11 @@ def test_ppo_takes_its_prompts_from_the_task(finished):
     import world
     samples = [json.loads(line) for line in (finished[0] / "ppo" / "samples.jsonl").open()]
     assert samples and all(any(f"r/{name}\n" in s["query"] for name in world.SUBREDDITS) for s in samples)
+
+
+@pytest.mark.parametrize("bad, says", [(["--ppo.stop_token", "no such token"], "ppo.stop_token"), (["--ppo.truncate_after", "48"], "truncate_after")])
+def test_what_a_late_stage_would_refuse_is_refused_first(tmp_path, bad, says):
+    """Catches minutes of pretraining that end in a refusal, in a folder that then refuses the corrected command too."""
+    out = tmp_path / "run"
+    refused(script("run.py", "--preset", "test", "--device", "cpu", "--out", out, *bad), says)
+    assert not (out / "pretrained").exists() and not (out / "config.json").exists()
