@@ -148,10 +148,10 @@ def stage_data(run):
     lengths = [len(encode_response(enc, p["summary"], 10**6)) for p in splits["sft"]]
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
-    os.makedirs(path(run, "data"), exist_ok=True)
     check_stop(enc, s.ppo, R)  # what later stages would refuse is refused before any work
     if run.comparisons_file is not None:
         check_labels(group_by_post(enc, load_comparisons(run.comparisons_file)[0], Q, R), s.reward.loss)
+    os.makedirs(path(run, "data"), exist_ok=True)
     save_encoding(enc, path(run, "tokenizer.json"))
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)

@@ -3,7 +3,7 @@ How fast are we, in how much memory, and how fast are others with the same work?
 
     python bench/bench.py --quick                          # CPU, one round with few repeats: minutes
     python bench/bench.py --nanogpt ../nanoGPT             # CPU, three rounds: an hour or two
-    python bench/bench.py --gpu                            # all GPU cases: under 8 minutes on an H100
+    python bench/bench.py --gpu                            # all GPU cases: minutes on one card
     python bench/bench.py --only sampling,ppo              # these cases alone; --help names them
 
 Each case runs ours and the peers in turn (ours, peer, ours, peer, ...), each time in a fresh process, so that its peak memory is

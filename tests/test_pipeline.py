@@ -202,9 +202,16 @@ def test_real_files_go_through_every_stage(tmp_path):
 def test_bad_files_are_one_sentence_and_lose_nothing(tmp_path):
     posts, comparisons = real_files(tmp_path)
     lines = comparisons.read_text().splitlines()
-    (tmp_path / "bad.jsonl").write_text("\n".join(lines[:7] + [lines[7].replace('"choice": 1', '"choice": 5')]))
-    args = ["--preset", "test", "--posts", posts, "--out", tmp_path / "out", "--device", "cpu"]
-    refused(script("run.py", *args, "--comparisons", tmp_path / "bad.jsonl"), "bad.jsonl:8", "choice")
+    broken, file = "\n".join(lines[:7] + [lines[7].replace('"choice": 1', '"choice": 5')]), tmp_path / "bad.jsonl"
+    args = ["--preset", "test", "--posts", posts, "--out", tmp_path / "out", "--device", "cpu", "--comparisons", file]
+    file.write_text(broken)
+    refused(script("run.py", *args), "bad.jsonl:8", "choice")
+    assert not (tmp_path / "out" / "pretrained").exists()  # before any work
+    file.write_text("\n".join(lines))
+    assert script("run.py", *args).returncode == 0  # the same folder serves once the file is mended
+    (tmp_path / "out" / "comparisons.jsonl").unlink()
+    file.write_text(broken)
+    refused(script("run.py", *args), "bad.jsonl:8", "choice")
     assert (tmp_path / "out" / "sft" / "model.safetensors").exists()  # what came before is kept
     (tmp_path / "few.jsonl").write_text("\n".join(posts.read_text().splitlines()[:3]))
     refused(script("run.py", "--preset", "test", "--posts", tmp_path / "few.jsonl", "--comparisons", comparisons, "--out", tmp_path / "b"), "at least 8")
