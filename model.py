@@ -60,7 +60,7 @@ def choose_precision(device):
 
 def round_up(n, multiple):
     """Shapes are padded up to a few sizes: bf16 libraries on CPUs compile a kernel for each new shape, which costs more
-    time than the padding, and memory for each kernel (1.3 GB in one pretraining, before)."""
+    time than the padding, and memory for each kernel."""
     return -(-n // multiple) * multiple
 
 
@@ -350,7 +350,7 @@ def attention(q, k, v):
 # the transformer
 
 def cuda_graph(step):
-    """The launches of step() as one graph: replaying costs the CPU microseconds where launching costs milliseconds. None,
+    """The launches of step() as one graph: one replay takes the place of hundreds of launches. None,
     with the reason printed, where it cannot be had; nothing has run then."""
     if cuda_graph.fails:
         return None
@@ -597,7 +597,7 @@ class GPT(nn.Module):
         static = device.type == "cuda" if static is None else static
         step_dtype = torch.float32 if device.type == "cpu" else dtype  # a few rows gain nothing from bf16 on a CPU
 
-        def weights(dtype):
+        def weights_in(dtype):
             return [[w.to(dtype) for w in (b.c_attn.weight, b.c_attn.bias, b.attn_proj.weight, b.attn_proj.bias,
                                            b.c_fc.weight, b.c_fc.bias, b.mlp_proj.weight, b.mlp_proj.bias)]
                     for b in self.blocks]
@@ -626,12 +626,12 @@ class GPT(nn.Module):
             return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
 
         x = (self.wte(prompt) + self.wpe.weight[:Q16]).flatten(0, 1)
-        x = through_blocks(x, weights(dtype), attend_prompt, torch.arange(B, device=device) * Q16 + lengths - 1)
+        x = through_blocks(x, weights_in(dtype), attend_prompt, torch.arange(B, device=device) * Q16 + lengths - 1)
         x = x.repeat_interleave(n, 0)  # [B·n, d], from which y_0 is drawn
 
         # 2. one token per step. The rows in work are m samples of each of P queries:
         P, m = B, n
-        layers, wte = weights(step_dtype), self.wte.weight.to(step_dtype)
+        layers, wte = weights_in(step_dtype), self.wte.weight.to(step_dtype)
         row = torch.arange(B * n, device=device)  # where in the batch they stand
         alive = torch.ones(B * n, dtype=torch.bool, device=device)
         position = lengths.repeat_interleave(n)  # of the token to come
@@ -651,7 +651,7 @@ class GPT(nn.Module):
                 token.copy_(z.argmax(-1))  # greedy: all mass on one token, log-probability 0
             else:
                 p = (z / temperature).softmax(-1)
-                cdf = p.cumsum(-1)  # inverse CDF: ten times cheaper on CPU than torch.multinomial
+                cdf = p.cumsum(-1)  # inverse CDF: much cheaper on a CPU than torch.multinomial
                 total = cdf[:, -1:].contiguous()
                 drawn = torch.searchsorted(cdf, uniform[row, t, None] * total, right=True)
                 last = torch.searchsorted(cdf, total)  # the last token of any probability, should the product round up to total

@@ -60,7 +60,7 @@ class PPOSettings:
     adam_eps: float = 1e-8  # Adam's ε (Ziegler 1e-5)
     tf_adam: bool = False  # ε where TensorFlow 1 adds it: smaller first steps (Ziegler's code)
     micro: int = 0  # episodes per forward and backward pass, 0: a whole minibatch; the same gradient in less memory
-    recompute: bool = False  # compute activations again in the backward pass: far less memory, a third more time
+    recompute: bool = False  # compute activations again in the backward pass: less memory, more time
     max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart
 
     def validate(self):

@@ -27,8 +27,8 @@ from data import (DataError, encode_query, encode_response, load_comparisons, lo
                   save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, check_stop, pretraining_rows, train_ppo
-from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows, sample_responses, score_all,
-                    split_comparisons, train_reward)
+from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows,
+                    sample_responses, score_all, split_comparisons, train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
                  pick_device, run_main, train_lm)
 

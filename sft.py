@@ -39,7 +39,7 @@ class SFTSettings:
     weight_decay: float = 0.01  # on matrices and embeddings
     query_weight: float = 0.0  # what a query token counts in the loss; a response token counts 1
     micro: int = 0  # rows per forward and backward pass, 0: the whole batch; the same gradient in less memory
-    recompute: bool = False  # compute activations again in the backward pass: far less memory, a third more time
+    recompute: bool = False  # compute activations again in the backward pass: less memory, more time
     dropout: float = 0.0  # residual dropout while training (InstructGPT 0.2)
     choose: str = "last"  # the epoch whose weights are kept: last, loss (lowest held out) or reward (the reward model's; InstructGPT C.1)
 

@@ -326,3 +326,41 @@ def test_what_a_late_stage_would_refuse_is_refused_first(tmp_path, bad, says):
     out = tmp_path / "run"
     refused(script("run.py", "--preset", "test", "--device", "cpu", "--out", out, *bad), says)
     assert not (out / "pretrained").exists() and not (out / "config.json").exists()
+
+
+def test_a_policy_judged_alone_gets_the_row_it_has_in_the_run(finished):
+    """Catches the wrong policy, posts, reward model or row: the SFT model in PPO's place gets SFT's numbers, at KL 0."""
+    out, _ = finished
+    done = script("evaluation.py", out, "--policy", out / "sft", "--device", "cpu")
+    rows = {line.split("  ")[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("SFT", "PPO"))}
+    assert done.returncode == 0 and rows["PPO"] == rows["SFT"], done.stdout + done.stderr
+    assert "0.0" in rows["PPO"]
+    assert not (out / "sft" / "report").exists()
+
+
+def test_an_interrupted_stage_has_cost_its_time(tmp_path, monkeypatch):
+    """Catches seconds lost by an interruption, and seconds of an earlier run of a stage that begins anew."""
+    clock = iter([0., 5., 10., 12., 20., 21.])
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: next(clock)))
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+    of = SimpleNamespace(folder=str(tmp_path), enc=None)
+    monkeypatch.setattr(run, "STAGES", [("sft", "sft/model.safetensors", interrupted)])
+    interrupted.__doc__ = "A stage."
+    with pytest.raises(KeyboardInterrupt):
+        run.run_stages(of)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "state.pt").touch()
+    stage = lambda _: None
+    stage.__doc__ = "A stage."
+    monkeypatch.setattr(run, "STAGES", [("sft", "sft/model.safetensors", stage)])
+    assert run.run_stages(of) == ({"sft": 7.}, True)  # 5 before the interruption, 2 after
+    (tmp_path / "sft" / "state.pt").unlink()
+    assert run.run_stages(of) == ({"sft": 1.}, True)
+
+
+def test_labeler_settings_do_not_go_with_human_labels(tmp_path):
+    posts, comparisons = real_files(tmp_path)
+    refused(script("run.py", "--posts", posts, "--comparisons", comparisons, "--collect.noise", "2", "--out", tmp_path / "o"), "--collect")
+    assert not (tmp_path / "o").exists()
