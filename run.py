@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -300,6 +301,44 @@ def open_folder(out, config):
             raise DataError(f"{out} was made with {key} = {old.get(key)}, now it is {value}; name another folder with --out")
 
 
+SHARED = {"data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",), "collect": ("comparisons.jsonl", "labelers.json"),
+          "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
+
+
+def same_stages(base, old, new):
+    """Names of the stages that a run of configuration `new` would only repeat from the folder `base` of configuration `old`.
+
+    Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
+    serves many seeds of what comes after it."""
+    a, b = old.get("settings", {}), new["settings"]
+    sizes = [{key: s.get("collect", {}).get(key) for key in ("posts", "held_out_posts")} for s in (a, b)]
+    if sizes[0] != sizes[1] or any(a.get(part) != b[part] or old.get(file) != new[file] for part in ("model", "data")
+                                   for file in ("posts", "comparisons")):
+        return []
+    if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
+        a = a if all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo")) else {**a, "sft": None}
+    names = []
+    for name, result, _ in STAGES:
+        if name != "data" and a.get(name) != b[name] or not os.path.exists(os.path.join(base, result)):
+            break
+        if old.get("seed") != new["seed"] and name == "collect":
+            break
+        names.append(name)
+    return names
+
+
+def share_stages(base, folder, config):
+    """Copy from an earlier run what would come out the same. -> names of the stages"""
+    names = same_stages(base, open_run(base).config, config)
+    for part in (part for name in names for part in SHARED[name]):
+        source, target = os.path.join(base, part), os.path.join(folder, part)
+        if os.path.exists(source) and not os.path.exists(target):
+            (shutil.copytree if os.path.isdir(source) else shutil.copy2)(source, target + ".part")
+            os.replace(target + ".part", target)
+    print(f"from {base}: {', '.join(names) or 'nothing, the settings of its first stage differ'}")
+    return names
+
+
 def run_stages(run):
     """Every stage that has not left its result yet -> seconds of each, whether any worked."""
     seconds_file = path(run, "seconds.json")
@@ -334,10 +373,33 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto"):
+    """Every stage with these settings in the folder `out`, then the report. base: a run's folder whose stages may be taken over."""
+    config = {"preset": name, "seed": seed, "posts": posts, "comparisons": comparisons, "base": base,
+              "settings": dataclasses.asdict(settings)}
+    if base is not None:
+        open_run(base)  # refused before anything is made
+    open_folder(out, config)
+    if base is not None:
+        share_stages(base, out, config)
+    run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), posts_file=posts,
+                          comparisons_file=comparisons)
+    try:
+        seconds, worked = run_stages(run)
+    except DataError:
+        if not os.path.exists(path(run, "data", "lengths.json")):  # nothing was begun: other settings may take the folder
+            for file in ("config.json", "seconds.json"):
+                if os.path.exists(path(run, file)):
+                    os.remove(path(run, file))
+        raise
+    evaluation.write_report(out, seconds, peak_memory() if worked else None)
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
+    parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything (default 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--posts", help="JSON lines with subreddit, title, post, summary, instead of the embedded world")
@@ -357,20 +419,8 @@ def main():
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
     check_together(settings, real=args.comparisons is not None)
-    out = args.out or os.path.join("out", f"{name}-seed{args.seed}")
-    open_folder(out, {"preset": name, "seed": args.seed, "posts": args.posts, "comparisons": args.comparisons,
-                      "settings": dataclasses.asdict(settings)})
-    run = SimpleNamespace(folder=out, settings=settings, seed=args.seed, device=pick_device(args.device), posts_file=args.posts,
-                          comparisons_file=args.comparisons)
-    try:
-        seconds, worked = run_stages(run)
-    except DataError:
-        if not os.path.exists(path(run, "data", "lengths.json")):  # nothing was begun: other settings may take the folder
-            for name in ("config.json", "seconds.json"):
-                if os.path.exists(path(run, name)):
-                    os.remove(path(run, name))
-        raise
-    evaluation.write_report(out, seconds, peak_memory() if worked else None)
+    run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.posts,
+                 args.comparisons, args.device)
 
 
 if __name__ == "__main__":

@@ -364,3 +364,41 @@ def test_labeler_settings_do_not_go_with_human_labels(tmp_path):
     posts, comparisons = real_files(tmp_path)
     refused(script("run.py", "--posts", posts, "--comparisons", comparisons, "--collect.noise", "2", "--out", tmp_path / "o"), "--collect")
     assert not (tmp_path / "o").exists()
+
+
+def test_a_base_gives_the_stages_whose_settings_are_the_same(finished, tmp_path):
+    out, _ = finished
+    done = script("run.py", "--preset", "test", "--base", out, "--out", tmp_path / "b", "--ppo.beta", 0.5, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"from {out}: data, pretrain, sft, collect, reward\n" in done.stdout
+    for name in ("pretrained", "sft", "reward", "ppo"):
+        files = [(folder / name / "model.safetensors").read_bytes() for folder in (out, tmp_path / "b")]
+        assert (files[0] == files[1]) == (name != "ppo"), name
+    refused(script("run.py", "--preset", "test", "--base", tmp_path / "no", "--out", tmp_path / "c"), "is not the folder of a run")
+    assert not (tmp_path / "c").exists()
+
+
+def test_which_stages_a_base_shares(finished):
+    out, _ = finished
+    old = json.loads((out / "config.json").read_text())
+
+    def shared(seed=None, **changes):
+        new = json.loads(json.dumps({**old, "seed": seed or old["seed"]}))
+        for key, value in changes.items():
+            part, name = key.split("__")
+            assert new["settings"][part][name] != value
+            new["settings"][part][name] = value
+        return run.same_stages(out, old, new)
+
+    names = [name for name, _, _ in run.STAGES]
+    assert shared() == names
+    assert shared(seed=9) == ["data", "pretrain", "sft"]  # one base for many seeds of comparisons, reward model and PPO
+    assert shared(model__n_layer=3) == shared(data__test=13) == shared(collect__posts=17) == []
+    assert shared(pretrain__lr=1.0) == names[:1] and shared(sft__lr=1.0) == names[:2] and shared(collect__noise=2.0) == names[:3]
+    assert shared(reward__lr=1.0) == names[:4] and shared(ppo__beta=1.0) == names[:5] and shared(evaluation__best_of=3) == names[:6]
+    assert run.same_stages(out, {**old, "posts": "other.jsonl"}, old) == []
+    chosen = json.loads(json.dumps(old))
+    chosen["settings"]["sft"]["choose"] = "reward"  # then the SFT model depends on the reward model
+    other = json.loads(json.dumps(chosen))
+    other["settings"]["reward"]["lr"] = 1.0
+    assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
