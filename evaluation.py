@@ -232,16 +232,18 @@ def measure_policies(rows):
     out = {}
     gold_known = all("facts" in row["post"] for row in rows)
     for name in rows[0]["policies"]:
-        mine, ref, sft = ([row["policies"][who] for row in rows] for who in (name, "reference", "sft"))
-        entry = dict.fromkeys(("gold_win_rate", "gold_win_rate_ci", "gold_win_rate_sft", "gold_win_rate_sft_ci",
-                               "gold_win_rate_length_controlled", "gold_utility"))
+        mine, ref, sft = ([row["policies"].get(who) for row in rows] for who in (name, "reference", "sft"))
+        entry = dict.fromkeys(["gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "gold_utility", "gold_win_rate_sft",
+                               "gold_win_rate_sft_ci"])
         if gold_known:
-            u, v, start = (np.array([world.utility(row["post"], s["text"]) for row, s in zip(rows, side)]) for side in (mine, ref, sft))
-            w, over_sft = wins(u, v), wins(u, start)
+            u, v = (np.array([world.utility(row["post"], s["text"]) for row, s in zip(rows, side)]) for side in (mine, ref))
+            w = wins(u, v)
             ratio = [math.log(a["length"] / b["length"]) for a, b in zip(mine, ref)]
-            entry = {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
-                     "gold_win_rate_sft": float(over_sft.mean()), "gold_win_rate_sft_ci": bootstrap_ci(over_sft),
+            entry |= {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
                      "gold_win_rate_length_controlled": length_controlled_win_rate(w, ratio), "gold_utility": float(u.mean())}
+            if sft[0] is not None:
+                w = wins(u, [world.utility(row["post"], s["text"]) for row, s in zip(rows, sft)])
+                entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
         rm = wins([s["score"] for s in mine], [s["score"] for s in ref])
         kls = [s["kl"] for s in mine if s["kl"] is not None]
         out[name] = entry | {

@@ -307,10 +307,13 @@ def style_tally(post, text):
 
 
 def style_utility(post, text, weights):
-    """The gold judge of continuations, in sentences of the style: u = Σ_kinds told w - 3·contradictions - ½·repetitions - 0.3·odd words"""
+    """The gold judge of continuations, in sentences of the style, one less for a text that tells nothing new:
+
+        u = Σ_kinds told w - 3·contradictions - ½·repetitions - 0.3·words that no pattern explains - 1[nothing told]
+    """
     t = style_tally(post, text)
     return (sum(w for kind, w in weights.items() if kind in t["kinds"]) - CONTRADICTION * t["contradictions"]
-            - REPETITION * t["repetitions"] - SALAD * t["unaccounted"])
+            - REPETITION * t["repetitions"] - SALAD * t["unaccounted"] - (not t["kinds"]))
 
 
 def utility(post, summary, weights=None, contradiction=CONTRADICTION):

@@ -689,6 +689,13 @@ def test_no_switch_is_dead(weights_of, others, switch):
     assert any(not torch.equal(a[name], b[name]) for a, b in zip(before, after) for name in a)
 
 
+def test_gradients_are_not_clipped_at_0(weights_of):
+    """Catches a bound of 0 taken at its word, which would stop all training."""
+    free, wide = weights_of(max_grad_norm=0.), weights_of(max_grad_norm=1e9)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(free, wide) for name in a)
+    assert any(not torch.equal(a[name], b[name]) for a, b in zip(free, weights_of(max_grad_norm=.01)) for name in a)
+
+
 def test_every_setting_has_its_switch_test():
     flipped = {name for _, switch in SWITCHES for name in switch}
     assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch", "micro", "recompute"}
