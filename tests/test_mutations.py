@@ -105,7 +105,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("sft", "stops.long().argmax(1) + 1", "stops.long().argmax(1)", "ppo::truncation_by_hand"),
     ("sft", "query_lengths.repeat_interleave(n)", "query_lengths.repeat(n)", "reward::samples_end_by_the_truncation_rule"),
     ("sft", "return ids[0], after", "return ids[0], 0", "pipeline::choices_as_in_ziegler_go_through_every_stage"),
-    ("data", "if stop is None or stop[0] == eos", "if True", "response_starts_with_a_blank_and_keeps_eos reward::normalising_rows_are_references_or_samples"),
+    ("data", "(TASKS[task].stop == EOS if stop is None else stop[0] == eos)", "True", "response_starts_with_a_blank_and_keeps_eos reward::normalising_rows_are_references_or_samples"),
     ("evaluation", " and len(response) > after", "", "what_has_ended_is_what_the_rule_says"),
     ("run", 'path(run, "comparisons.jsonl"), run.Q, run.R, run.stop)', 'path(run, "comparisons.jsonl"), run.Q, run.R)',
      "pipeline::choices_as_in_ziegler_go_through_every_stage"),
