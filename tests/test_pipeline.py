@@ -336,6 +336,16 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
     assert all((a[k] == b[k]).all() for k in a)
 
 
+def test_the_task_says_what_is_written_and_for_which_labeler():
+    """Catches a task that nothing reads: other posts, and the two styles the same stories for another judge."""
+    made = {}
+    for task in ("tldr", "sentiment", "descriptiveness"):
+        s = run.preset("test")
+        s.data.task = task
+        made[task] = run.split_posts(SimpleNamespace(settings=s, posts_file=None, seed=1))["test"]
+    assert [{**p, "task": "descriptiveness"} for p in made["sentiment"]] == made["descriptiveness"] and "task" not in made["tldr"][0]
+
+
 def test_every_preset_builds_and_validates():
     for name in run.PRESETS:
         assert run.preset(name).ppo.beta > 0
