@@ -258,7 +258,7 @@ def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temp
     h, targets, mask = policy.response_hidden(tokens, query_lengths, lengths, R)
     ref_h, _, _ = ref_policy.response_hidden(tokens, query_lengths, lengths, R)
     parts = []
-    for rows in policy.chunks(torch.arange(len(h), device=h.device)):  # [n, V], never [N, V]
+    for rows in torch.arange(len(h), device=h.device).split(policy.chunk):  # [n, V], never [N, V]
         logp, ref_logp = (F.log_softmax(model.unembed(x[rows]) / temperature, -1) for model, x in ((policy, h), (ref_policy, ref_h)))
         p, y = logp.exp(), targets[rows, None]
         parts.append(torch.stack([logp.gather(1, y).squeeze(1), ref_logp.gather(1, y).squeeze(1),

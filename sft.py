@@ -56,7 +56,11 @@ class SFTSettings:
 
 def lm_loss(logits, targets, weights):
     """Weighted mean of -log π(target). logits [N, V], targets [N], weights [N] -> scalar."""
-    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / weights.sum()
+    return weighted_mean(F.cross_entropy(logits, targets, reduction="none"), weights)
+
+
+def weighted_mean(x, weights):
+    return (weights * x).sum() / weights.sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +322,7 @@ def row_loss(model, queries, responses, query_weight):
     first = torch.ones_like(query_lengths) if query_weight else query_lengths  # the first column to be predicted
     h, targets, mask = model.response_hidden(tokens, first, lengths, int((lengths - first).max()))
     in_query = torch.arange(mask.shape[1], device=model.device) < (query_lengths - first)[:, None]
-    return lm_loss(model.unembed(h), targets, torch.where(in_query, query_weight, 1.0)[mask])
+    return weighted_mean(-model.log_pi(h, targets), torch.where(in_query, query_weight, 1.0)[mask])  # without all logits at once
 
 
 def backward_rows(model, queries, responses, s):
