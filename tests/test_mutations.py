@@ -13,7 +13,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MUTATIONS = [  # file, what stands there once, what it becomes, the tests that must notice (of tests/test_FILE.py)
     # sft.py and what of model.py stands behind every loss
     ("sft", "/ weights.sum()", "/ len(weights)", "lm_loss_by_hand"),
-    ("sft", "return (weights * F.cross_entropy", "return -(weights * F.cross_entropy", "lm_loss_by_hand"),
+    ("sft", "return (weights * x)", "return -(weights * x)", "lm_loss_by_hand"),
     ("sft", "torch.where(in_query, query_weight, 1.0)", "torch.where(in_query, 1.0, query_weight)", "row_loss_token_by_token"),
     ("sft", "0.5 * (1 + math.cos(", "0.5 * (1 - math.cos(", "cosine"),
     ("sft", '= eps / math.sqrt(1 - group', '= eps * math.sqrt(1 - group', "tf_adam_by_hand"),
