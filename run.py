@@ -105,6 +105,8 @@ def preset(name):
 
 def check_together(s, real=False):
     """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
+    check(s.collect.rounds == 1 or not real, "collect.rounds must be 1 with --comparisons: people have labelled")
+    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "collect.rounds must not be above ppo.iterations with collect.online")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
@@ -115,6 +117,16 @@ def check_together(s, real=False):
 
 def path(run, *parts):
     return os.path.join(run.folder, *parts)
+
+
+def of_round(run, file, k=None):
+    """Path of what every round leaves: reward/..., ppo/... and comparisons.jsonl, all labels so far. These are the last round's; an earlier
+    one's lie in reward/round-K/ and ppo/round-K/, its labels beside the reward model that was trained on them."""
+    k = k or run.round
+    if k == run.settings.collect.rounds:
+        return path(run, file)
+    folder, *rest = ("reward/" * (file == "comparisons.jsonl") + file).split("/")
+    return path(run, folder, f"round-{k}", *rest)
 
 
 def split_posts(run):
@@ -183,19 +195,44 @@ def stage_sft(run):
     print(f"held-out loss {loss:.3f} nats per summary token")
 
 
+def label_share(k, s):
+    """The share of the posts that is labelled when round k of s.rounds trains its reward model, the last one on all.
+
+    Batched: as many in each round. Online: Ziegler's schedule, l(t) = l_0 + (1 - l_0) (1 - (1 - t)²) at t of the way to the last reward
+    model: most labels early. We know no l_0 of theirs and take one round's share."""
+    if not s.online or k == 0:
+        return k / s.rounds
+    first = 1 / s.rounds
+    return first + (1 - first) * (1 - (1 - (k - 1) / (s.rounds - 1)) ** 2)
+
+
+def mixture(run):
+    """(name, policy, temperature, samples per post): whose samples a round's labels compare. Behind the first the latest policy, and SFT."""
+    k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
+    if run.round == 1:
+        part, pretrained = k // 4, load_model(path(run, "pretrained"), run.device)
+        policies = [("sft-0.3", sft, 0.3, part), ("sft-0.5", sft, 0.5, k - 2 * part), ("pretrained-0.5", pretrained, 0.5, part)]
+    else:
+        latest, temperature = load_model(of_round(run, "ppo", run.round - 1), run.device), run.settings.ppo.temperature
+        policies = [(f"ppo-{run.round - 1}-{temperature}", latest, temperature, k - k // 2), ("sft-0.5", sft, 0.5, k // 2)]
+    return [policy for policy in policies if policy[3]]
+
+
 def stage_collect(run):
     """Comparisons, from the labelers of the embedded world or from a file of human ones."""
-    s, rng = run.settings.collect, random.Random(f"collect-{run.seed}")
+    s, name = run.settings.collect, f"{run.seed}-{run.round}" if run.round > 1 else str(run.seed)
+    rng = random.Random(f"collect-{name}")
     if run.comparisons_file is None:
         labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, tie=s.tie, seed=run.seed)
-        sft, pretrained = (load_model(path(run, name), run.device) for name in ("sft", "pretrained"))
-        quarter = s.k // 4
-        mixture = [("sft-0.3", sft, 0.3, quarter), ("sft-0.5", sft, 0.5, s.k - 2 * quarter), ("pretrained-0.5", pretrained, 0.5, quarter)]
-        mixture = [policy for policy in mixture if policy[3]]
-        comparisons = []
-        for split, posts in (("train", "collect"), ("valid", "held_out")):
-            comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
-                                   torch.Generator().manual_seed(run.seed), rng, split, s.labels, run.stop)
+        comparisons, policies = [], mixture(run)
+        if run.round > 1:
+            labeler.rng = random.Random(f"labeler-{name}")  # the same people, other mistakes
+            comparisons = load_comparisons(of_round(run, "comparisons.jsonl", run.round - 1))[0]
+        for split, posts in (("train", run.posts["collect"]), ("valid", run.posts["held_out"])):
+            begin, end = (round(label_share(k, s) * len(posts)) for k in (run.round - 1, run.round))
+            comparisons += collect(run.enc, posts[begin:end], policies, labeler, s.pairs, run.Q, run.R,
+                                   torch.Generator().manual_seed(run.seed + 10**6 * (run.round - 1)), rng, split, s.labels, run.stop,
+                                   s.k_min, f"round-{run.round}")
         agreement = labeler_agreement(labeler, comparisons)
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
@@ -210,19 +247,21 @@ def stage_collect(run):
         for c in comparisons:
             c["split"] = "valid" if post_key(c["info"]) in held_out else "train"
             c["info"].pop("facts", None)
-    save_json_lines(path(run, "comparisons.jsonl"), comparisons)
-    print(f"{len(comparisons)} comparisons in {path(run, 'comparisons.jsonl')}")
+    os.makedirs(os.path.dirname(of_round(run, "comparisons.jsonl")), exist_ok=True)
+    save_json_lines(of_round(run, "comparisons.jsonl"), comparisons)
+    print(f"{len(comparisons)} comparisons in {of_round(run, 'comparisons.jsonl')}")
 
 
 def stage_reward(run):
     """The reward model, and how often it agrees with labelers on posts it has not seen."""
     torch.manual_seed(run.seed)
-    save_vocabulary(run.enc, path(run, "reward"))
+    folder = of_round(run, "reward")
+    save_vocabulary(run.enc, folder)
     model = load_model(path(run, "sft"), run.device, "scalar")
-    train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R, run.stop)
-    train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, path(run, "reward"), run.seed)
+    train, held_out, comparisons = split_comparisons(run.enc, of_round(run, "comparisons.jsonl"), run.Q, run.R, run.stop)
+    train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, folder, run.seed)
     rows = evaluation.reward_margins(model, held_out, comparisons)
-    save_json_lines(path(run, "reward", "held_out.jsonl"), rows)
+    save_json_lines(os.path.join(folder, "held_out.jsonl"), rows)
     m = evaluation.measure_reward(rows)
     ceiling = "" if m["labeler_ceiling"] is None else f", the noise-free judge {m['labeler_ceiling']:.1%}"
     print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{ceiling}, 'longer wins' {m['longer_wins']:.1%}")
@@ -234,7 +273,7 @@ def choose_sft(run):
     A reward model starts from an SFT model whose samples were compared. Both are therefore made with the checkpoint of the lowest
     held-out loss, which takes the part of the paper's earlier SFT model, and PPO begins with the one chosen here."""
     scores, queries = {}, [encode_query(run.enc, p, run.Q) for p in run.posts["valid"]]
-    reward_model = load_model(path(run, "reward"), run.device, "scalar")
+    reward_model = load_model(of_round(run, "reward"), run.device, "scalar")
     for epoch in range(1, run.settings.sft.epochs + 1):
         policy, generator = load_model(epoch_folder(path(run, "sft"), epoch), run.device), torch.Generator().manual_seed(run.seed)
         responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator, stop=run.stop)
@@ -250,9 +289,16 @@ def stage_ppo(run):
     """PPO against the reward model."""
     if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
         choose_sft(run)
-    posts = [p for p in run.posts["pretrain"] if world.in_task(p)]
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device,
-              pretraining=pretraining_rows(run, run.settings.ppo))
+    posts, s, folder = [p for p in run.posts["pretrain"] if world.in_task(p)], run.settings, of_round(run, "ppo")
+    until = round(s.ppo.iterations * run.round / s.collect.rounds) if s.collect.online else s.ppo.iterations
+    if s.collect.online and run.round > 1 and not os.path.exists(os.path.join(folder, "state.pt")):
+        os.makedirs(folder, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl", "state.pt"):  # PPO goes on from the last of them
+            target = os.path.join(folder, name)
+            shutil.copy2(os.path.join(of_round(run, "ppo", run.round - 1), name), target + ".part")
+            os.replace(target + ".part", target)
+    train_ppo(run.folder, run.enc, posts, run.Q, run.R, s.ppo, folder, run.seed, run.device,
+              pretraining=pretraining_rows(run, s.ppo), reward=os.path.relpath(of_round(run, "reward"), run.folder), until=until)
 
 
 def stage_evaluation(run):
@@ -315,6 +361,8 @@ def same_stages(base, old, new):
     if sizes[0] != sizes[1] or any(a.get(part) != b[part] or old.get(file) != new[file] for part in ("model", "data")
                                    for file in ("posts", "comparisons")):
         return []
+    if b["collect"]["rounds"] > 1:  # these labels are on policies that PPO made
+        a = a if all(a.get(part) == b[part] for part in ("collect", "reward", "ppo")) else {**a, "collect": None}
     if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
         a = a if all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo")) else {**a, "sft": None}
     names = []
@@ -339,6 +387,16 @@ def share_stages(base, folder, config):
     return names
 
 
+def all_stages(run):
+    """STAGES, from the collection to PPO once per round -> (name, path of the file it ends with, function, round)"""
+    loop, last, out = [s for s in STAGES if s[0] in ("collect", "reward", "ppo")], run.settings.collect.rounds, []
+    for name, result, stage in STAGES:
+        if name == "collect":
+            out += [(f"{n}-{k}", of_round(run, r, k), f, k) for k in range(1, last) for n, r, f in loop]
+        out.append((name, path(run, result), stage, last))
+    return out
+
+
 def run_stages(run):
     """Every stage that has not left its result yet -> seconds of each, whether any worked."""
     seconds_file = path(run, "seconds.json")
@@ -346,16 +404,16 @@ def run_stages(run):
     if os.path.exists(seconds_file):
         with open(seconds_file) as f:
             seconds = json.load(f)
-    worked = False
-    for number, (name, result, stage) in enumerate(STAGES, 1):
+    worked, stages = False, all_stages(run)
+    for number, (name, result, stage, run.round) in enumerate(stages, 1):
         if name != "data" and not hasattr(run, "enc"):
             run.__dict__.update(open_run(run.folder).__dict__)
-        if os.path.exists(path(run, result)):
-            print(f"[{number}/{len(STAGES)}] {name}: done before, {path(run, result)}")
+        if os.path.exists(result):
+            print(f"[{number}/{len(stages)}] {name}: done before, {result}")
             continue
-        print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
+        print(f"[{number}/{len(stages)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
         began, worked = time.time(), True
-        goes_on = os.path.exists(path(run, os.path.dirname(result), "state.pt"))
+        goes_on = os.path.exists(os.path.join(os.path.dirname(result), "state.pt"))
         try:
             stage(run)
         finally:  # an interrupted stage has cost its time too; one that begins anew begins at 0
@@ -406,6 +464,7 @@ def main():
     parser.add_argument("--comparisons", help="human comparisons in OpenAI's format; goes with --posts")
     for stage, part in vars(Settings()).items():
         add_settings(parser, part, stage + ".")
+    parser.add_argument("--rounds", type=int, dest="collect.rounds", metavar="int", help="short for --collect.rounds")
     args = parser.parse_args()
     if (args.posts is None) != (args.comparisons is None):
         raise DataError("--posts and --comparisons go together: only the embedded world has labelers of its own")

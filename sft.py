@@ -70,10 +70,12 @@ def check(ok, message):
 
 def make_optimizer(models, lr, weight_decay, beta2=0.95, eps=1e-8):
     """AdamW over one or several models; weight decay on matrices only."""
-    params = [p for model in models for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=params[0].device.type != "mps")
+    groups = []
+    for model in models:  # two groups each, see set_lr
+        params = [p for p in model.parameters() if p.requires_grad]
+        groups += [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=models[0].device.type != "mps")
 
 
 def tf_adam_step(optimizer, eps):
@@ -95,9 +97,10 @@ def cosine(step, steps, warmup, final):
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_lr(optimizer, *rates):
+    """One learning rate, or one for each model of make_optimizer."""
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = rates[i // 2 if len(rates) > 1 else 0]
 
 
 def save_state(folder, step, models, optimizer, generator, **more):
@@ -258,10 +261,10 @@ def open_run(folder):
                            posts={name[:-6]: load_posts(os.path.join(folder, "data", name))[0] for name in files})
 
 
-def alone(doc, stage, settings_class):
+def alone(doc, stage, settings_class, refuse):
     """What `python sft.py`, `reward.py` and `ppo.py` share: a stage of a finished run once more, with other settings.
 
-    -> run, settings, folder for the result, device"""
+    refuse(run, settings) raises what would stop it later, before anything is written. -> run, settings, folder for the result, device"""
     parser = Parser(doc)
     parser.add_argument("run", help="folder of a run that run.py made")
     parser.add_argument("--out", help=f"where the result goes (default RUN/{stage}-alone)")
@@ -272,6 +275,7 @@ def alone(doc, stage, settings_class):
     run = open_run(args.run)
     run.seed = run.config["seed"] if args.seed is None else args.seed
     settings = override(settings_class(**run.config["settings"][stage]), args)
+    refuse(run, settings)
     out = args.out or os.path.join(args.run, f"{stage}-alone")
     if os.path.exists(os.path.join(out, "model.safetensors")):
         raise DataError(f"{out} already holds a trained model; name another folder with --out")
@@ -354,14 +358,14 @@ def row_loss(model, queries, responses, query_weight):
     return lm_loss(model.unembed(h), targets, torch.where(in_query, query_weight, 1.0)[mask])
 
 
-def backward_rows(model, queries, responses, s):
-    """The gradient of row_loss over all rows, s.micro of them at a time: each part counts by its tokens. -> the loss"""
-    tokens = [len(r) + s.query_weight * (len(q) - 1) for q, r in zip(queries, responses)]
-    size, total = s.micro or len(queries), 0.0
+def backward_rows(model, queries, responses, query_weight, micro=0, scale=1.0):
+    """The gradient of scale · row_loss over all rows, `micro` of them at a time: each part counts by its tokens. -> the loss, not scaled"""
+    tokens = [len(r) + query_weight * (len(q) - 1) for q, r in zip(queries, responses)]
+    size, total = micro or len(queries), 0.0
     for i in range(0, len(queries), size):
         part = slice(i, i + size)
-        loss = row_loss(model, queries[part], responses[part], s.query_weight) * (sum(tokens[part]) / sum(tokens))
-        loss.backward()
+        loss = row_loss(model, queries[part], responses[part], query_weight) * (sum(tokens[part]) / sum(tokens))
+        (scale * loss).backward()
         total += loss.item()
     return total
 
@@ -417,7 +421,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
         rows = plan[step]
         optimizer.zero_grad(set_to_none=True)
         with dropout(model, s.dropout, seed * 10**6 + step):  # the backward pass may compute the forward again
-            loss = backward_rows(model, [queries[i] for i in rows], [responses[i] for i in rows], s)
+            loss = backward_rows(model, [queries[i] for i in rows], [responses[i] for i in rows], s.query_weight, s.micro)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         kept = {}
@@ -439,8 +443,8 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 
 
 def main():
-    run, settings, out, device = alone(__doc__, "sft", SFTSettings)
-    check(settings.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss")
+    run, settings, out, device = alone(__doc__, "sft", SFTSettings, lambda run, s: check(
+        s.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss"))
     loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")

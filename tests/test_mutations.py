@@ -98,8 +98,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("ppo", "lerp_(p, 1 - decay)", "lerp_(p, decay)", "average_is_the_weighted_sum_of_all_weights"),
     ("ppo", "return -beta * (logprobs - ref_logprobs - kl)", "return beta * (logprobs - ref_logprobs - kl)",
      "the_whole_chain_is_the_gradient_of_score_less_kl"),
-    ("ppo", "(s.ptx_coef * loss).backward()", "(-s.ptx_coef * loss).backward()", "ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss"),
-    ("ppo", "query_weight) / s.ptx_ratio", "query_weight)", "ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss"),
+    ("ppo", "s.ptx_coef / s.ptx_ratio)", "-s.ptx_coef / s.ptx_ratio)", "ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss"),
+    ("ppo", "s.ptx_coef / s.ptx_ratio)", "s.ptx_coef)", "ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss"),
     # ppo.py: what the equations are given
     ("ppo", "model.unembed(x[rows]) / temperature, -1)", "model.unembed(x[rows]), -1)", "rollout_against_a_calculation_row_by_row"),
     ("ppo", "(p * (logp - ref_logp)).sum(-1)", "(ref_logp.exp() * (ref_logp - logp)).sum(-1)", "kl_estimates_are_unbiased"),

@@ -359,7 +359,7 @@ def test_an_interrupted_stage_has_cost_its_time(tmp_path, monkeypatch):
 
     def interrupted(_):
         raise KeyboardInterrupt
-    of = SimpleNamespace(folder=str(tmp_path), enc=None)
+    of = SimpleNamespace(folder=str(tmp_path), enc=None, settings=run.preset("test"))
     monkeypatch.setattr(run, "STAGES", [("sft", "sft/model.safetensors", interrupted)])
     interrupted.__doc__ = "A stage."
     with pytest.raises(KeyboardInterrupt):

@@ -11,6 +11,7 @@ from conftest import random_rows, tiny_model
 from safetensors.torch import load_file
 
 import ppo
+import sft
 from data import DataError, pad_rows
 from model import GPT
 from ppo import (AdaptiveKL, FixedKL, PPOSettings, check_ratio, compare_policies, gae, kl_estimates, make_value_model, move_average,
@@ -548,7 +549,7 @@ def test_ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss(ite
 def test_ptx_draws_every_row_and_as_many_as_it_says(iteration, g, monkeypatch):
     """Catches a draw that never reaches the last row, rows whose query and response do not belong together, and a wrong number."""
     seen = []
-    monkeypatch.setattr(ppo, "row_loss", lambda model, q, r, w: (seen.append((q, r, w)), row_loss(model, q, r, w))[1])
+    monkeypatch.setattr(sft, "row_loss", lambda model, q, r, w: (seen.append((q, r, w)), row_loss(model, q, r, w))[1])
     queries, responses = [[i, 1] for i in range(5)], [[i, 10] for i in range(5)]
     s = PPOSettings(minibatches=2, epochs=1, ptx_coef=1., ptx_ratio=4)
     gradients_of_one_step(iteration, g, s, (queries, responses, 0.3))
@@ -587,7 +588,7 @@ def test_a_shared_value_head_trains_the_trunk(iteration, g):
     """Catches a head that does not start at 0, value gradients cut off from the policy, and parameters in the optimizer twice."""
     policy, _, reward, _, s, queries, _ = iteration
     s.value = "shared"
-    value = make_value_model(s, "nowhere", policy, "cpu")
+    value = make_value_model(s, "nowhere", "nowhere", policy, "cpu")
     assert value is policy
     r = rollout(policy, tiny_model(seed=8), reward, value, queries, 6, s, 0.3, g)
     assert (r.values == 0).all() and r.values.shape == r.mask.shape
@@ -717,7 +718,7 @@ def test_value_models_start_where_they_should(enc, run_folder):
     models = {}
     for kind in ("separate", "scratch"):
         torch.manual_seed(0)
-        models[kind] = make_value_model(PPOSettings(value=kind), str(run_folder), policy, "cpu").state_dict()
+        models[kind] = make_value_model(PPOSettings(value=kind), str(run_folder / "sft"), str(run_folder / "reward"), policy, "cpu").state_dict()
     assert all(torch.equal(p, reward.state_dict()[name]) for name, p in models["separate"].items())
     assert all(torch.equal(p, models["scratch"][name]) for name, p in policy.state_dict().items())
     assert models["scratch"]["score.weight"].std() > 0.1 and not torch.equal(models["scratch"]["score.weight"], reward.score.weight)
@@ -749,7 +750,7 @@ def test_stop_token_is_one_token(enc, run_folder, tmp_path):
         train(run_folder, enc, tmp_path, PPOSettings(truncate_after=8))
 
 
-@pytest.mark.parametrize("bad", [{"kl": "no"}, {"kl_target": 0.}, {"kl_horizon": 0}, {"kl_reward": "k2"}, {"value": "no"}, {"truncate_after": -1},
+@pytest.mark.parametrize("bad", [{"kl": "no"}, {"kl_target": 0.}, {"kl_horizon": 12}, {"kl_horizon": -1}, {"kl_reward": "k2"}, {"value": "no"}, {"truncate_after": -1},
                                  {"ptx_coef": -1.}, {"ptx_ratio": 0}, {"ema": 1.}, {"adam_eps": 0.}, {"adam_beta2": 1.},
                                  {"kl_reward": "exact", "whiten_rewards": True}])
 def test_settings_out_of_range_are_refused(bad):

@@ -212,7 +212,7 @@ def test_micro_batches_and_recomputing_change_no_gradient(g):
     for more in ({}, {"micro": 3}, {"recompute": True}, {"micro": 1, "recompute": True}):
         model, s = tiny_model(), SFTSettings(query_weight=.3, **more)
         model.recompute = s.recompute
-        loss = sft.backward_rows(model, queries, responses, s)
+        loss = sft.backward_rows(model, queries, responses, s.query_weight, s.micro)
         results.append([torch.tensor(loss)] + [p.grad for p in model.parameters()])
     torch.testing.assert_close(results[0][0], row_loss(tiny_model(), queries, responses, .3), atol=1e-6, rtol=0)
     for other in results[1:]:
