@@ -369,7 +369,7 @@ def prompt_plan(n, s, seed):
 
 
 def lr_share(iteration, s):
-    """Share of the peak learning rate: from a tenth up over `warmup` iterations; linear falls to 0 meanwhile and behind. (InstructGPT C.4)"""
+    """Share of the peak learning rate: up from a tenth over `warmup` iterations (InstructGPT C.4), and constant or on a line down to 0."""
     rise = 0.1 + 0.9 * iteration / s.warmup if iteration < s.warmup else 1.0
     return rise * (1 - iteration / s.iterations if s.schedule == "linear" else 1.0)
 
@@ -456,7 +456,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
 
 
 def main():
-    run, settings, out, device = alone(__doc__, "ppo", PPOSettings, lambda run, s: stop_rule(run.enc, s.stop_token, s.truncate_after, run.R))
+    run, settings, out, device = alone(__doc__, "ppo", PPOSettings,
+                                       lambda run, s: stop_rule(run.enc, s.stop_token, s.truncate_after, run.R))
     train_ppo(run.folder, run.enc, [p for p in run.posts["pretrain"] if world.in_task(p)], run.Q, run.R, settings, out, run.seed, device,
               pretraining=pretraining_rows(run, settings))
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")

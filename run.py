@@ -31,7 +31,7 @@ from ppo import PPOSettings, pretraining_rows, train_ppo
 from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows,
                     sample_responses, score_all, split_comparisons, train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
-                 pick_device, run_main, stop_rule, train_lm)
+                 pick_device, run_main, sft_posts, stop_rule, train_lm)
 
 
 @dataclass
@@ -86,6 +86,36 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
              "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3,
              "ppo.iterations": 8, "data.test": 100, "evaluation.best_of": 4},
+    # one paper each on the embedded world: its choices, with sizes and learning rates that fit a million parameters and five minutes
+    "stiennon": {"sft.weight_decay": 0.0, "reward.weight_decay": 0.0, "collect.rounds": 2},
+    "instructgpt": {
+        "data.sft": 640, "sft.epochs": 16, "sft.lr": 3e-4, "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1,
+        "sft.choose": "reward", "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.tie": 0.25, "collect.posts": 1000,
+        "collect.held_out_posts": 300, "reward.loss": "kwise", "reward.weight_decay": 0.0, "ppo.lr": 3e-4, "ppo.value_lr": 5e-4,
+        "ppo.schedule": "constant", "ppo.warmup": 2, "ppo.iterations": 14, "ppo.epochs": 1, "ppo.minibatches": 8, "ppo.beta": 0.02,
+        "ppo.temperature": 1.0, "ppo.ptx_coef": 0.5, "ppo.ptx_ratio": 4, "ppo.ema": 0.9},
+    # the papers' own sizes, batches, learning rates and episodes, for real data; where a paper is silent, what its successors took
+    "ziegler-774m": {
+        "model.vocab_size": 50257, "model.n_layer": 36, "model.n_head": 20, "model.n_embd": 1280, "model.max_query": 64, "model.max_response": 24,
+        "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 1.77e-5, "reward.batch": 8,
+        "reward.warmup": 0, "reward.final_lr": 0.0, "reward.weight_decay": 0.0, "ppo.lr": 1.41e-5, "ppo.iterations": 1953, "ppo.batch": 1024,
+        "ppo.minibatches": 1, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.value": "shared",
+        "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5,
+        "ppo.tf_adam": True, "ppo.max_grad_norm": 1e9, "ppo.micro": 32},
+    "stiennon-1.3b": {
+        "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "model.max_query": 512, "model.max_response": 48,
+        "data.pretrain": 287790, "data.sft": 116722, "sft.lr": 6.35e-5, "sft.batch": 128, "sft.weight_decay": 0.0, "sft.micro": 8,
+        "sft.recompute": True, "reward.lr": 1.5e-5, "reward.batch": 64, "reward.weight_decay": 0.0, "reward.micro": 4, "reward.recompute": True,
+        "ppo.lr": 1.5e-5, "ppo.iterations": 1953, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.micro": 8, "ppo.recompute": True},
+    "instructgpt-1.3b": {
+        "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "model.max_query": 1024,
+        "model.max_response": 1024, "data.pretrain": 287790, "data.sft": 12725, "sft.lr": 9.65e-6, "sft.batch": 32, "sft.epochs": 16,
+        "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1, "sft.choose": "reward", "sft.micro": 4,
+        "sft.recompute": True, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.posts": 33207, "reward.loss": "kwise",
+        "reward.lr": 9e-6, "reward.batch": 64, "reward.warmup": 0, "reward.weight_decay": 0.0, "reward.micro": 1, "reward.recompute": True,
+        "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10, "ppo.iterations": 500, "ppo.batch": 512,
+        "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8, "ppo.ema": 0.992,
+        "ppo.micro": 4, "ppo.recompute": True},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
@@ -109,6 +139,7 @@ def check_together(s, real=False):
     check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "collect.rounds must not be above ppo.iterations with collect.online")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
@@ -190,7 +221,7 @@ def stage_pretrain(run):
 def stage_sft(run):
     """Supervised fine-tuning on the filtered summaries."""
     save_vocabulary(run.enc, path(run, "sft"))
-    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
+    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, sft_posts(run, run.settings.sft), run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.sft, path(run, "sft"), run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token")
 

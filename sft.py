@@ -41,13 +41,14 @@ class SFTSettings:
     micro: int = 0  # rows per forward and backward pass, 0: the whole batch; the same gradient in less memory
     recompute: bool = False  # compute activations again in the backward pass: less memory, more time
     dropout: float = 0.0  # residual dropout while training (InstructGPT 0.2)
+    mix: float = 0.0  # share of pretraining rows among those of fine-tuning (InstructGPT's start of PPO 0.1)
     choose: str = "last"  # the epoch whose weights are kept: last, loss (lowest held out) or reward (the reward model's; InstructGPT C.1)
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
         check(self.warmup >= 0 and self.weight_decay >= 0 and self.micro >= 0, "warmup, weight_decay and micro must not be negative")
         check(0 <= self.final_lr <= 1 and 0 <= self.query_weight <= 1, "final_lr and query_weight must lie between 0 and 1")
-        check(0 <= self.dropout < 1, "dropout must be at least 0 and below 1")
+        check(0 <= self.dropout < 1 and 0 <= self.mix < 1, "dropout and mix must be at least 0 and below 1")
         check(self.choose in ("last", "loss", "reward"), "choose must be last, loss or reward")
 
 
@@ -348,6 +349,11 @@ def encode_posts(enc, posts, Q, R, stop=None):
     return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R, stop=stop) for p in posts]
 
 
+def sft_posts(run, s):
+    """What fine-tuning trains on: its own posts, and as many of pretraining's first that they are the share s.mix of all. (InstructGPT C.3)"""
+    return run.posts["sft"] + run.posts["pretrain"][:round(len(run.posts["sft"]) * s.mix / (1 - s.mix))]
+
+
 def row_loss(model, queries, responses, query_weight):
     """lm_loss over query ⧺ response: a response token counts 1, a query token query_weight."""
     tokens, lengths = pad_rows([q + r for q, r in zip(queries, responses)], model.device)
@@ -359,7 +365,7 @@ def row_loss(model, queries, responses, query_weight):
 
 
 def backward_rows(model, queries, responses, query_weight, micro=0, scale=1.0):
-    """The gradient of scale · row_loss over all rows, `micro` of them at a time: each part counts by its tokens. -> the loss, not scaled"""
+    """The gradient of scale · row_loss over all rows, `micro` at a time: each part counts by its tokens. -> the loss, not scaled"""
     tokens = [len(r) + query_weight * (len(q) - 1) for q, r in zip(queries, responses)]
     size, total = micro or len(queries), 0.0
     for i in range(0, len(queries), size):
@@ -445,7 +451,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 def main():
     run, settings, out, device = alone(__doc__, "sft", SFTSettings, lambda run, s: check(
         s.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss"))
-    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
+    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, sft_posts(run, settings), run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")
 
