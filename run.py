@@ -81,6 +81,10 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
+GPT3_1B = {  # what the 1.3B models of Stiennon and InstructGPT share; micro and recompute are ours, and change no gradient
+    "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "sft.weight_decay": 0.0, "sft.micro": 4,
+    "sft.recompute": True, "reward.batch": 64, "reward.weight_decay": 0.0, "reward.micro": 2, "reward.recompute": True, "ppo.batch": 512,
+    "ppo.micro": 4, "ppo.recompute": True}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -94,28 +98,24 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
         "collect.held_out_posts": 300, "reward.loss": "kwise", "reward.weight_decay": 0.0, "ppo.lr": 3e-4, "ppo.value_lr": 5e-4,
         "ppo.schedule": "constant", "ppo.warmup": 2, "ppo.iterations": 14, "ppo.epochs": 1, "ppo.minibatches": 8, "ppo.beta": 0.02,
         "ppo.temperature": 1.0, "ppo.ptx_coef": 0.5, "ppo.ptx_ratio": 4, "ppo.ema": 0.9},
-    # the papers' own sizes, batches, learning rates and episodes, for real data; where a paper is silent, what its successors took
+    # the papers' own sizes, batches, learning rates and episodes, for real data; where a paper is silent, Ziegler's code
     "ziegler-774m": {
-        "model.vocab_size": 50257, "model.n_layer": 36, "model.n_head": 20, "model.n_embd": 1280, "model.max_query": 64, "model.max_response": 24,
-        "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 1.77e-5, "reward.batch": 8,
-        "reward.warmup": 0, "reward.final_lr": 0.0, "reward.weight_decay": 0.0, "ppo.lr": 1.41e-5, "ppo.iterations": 1953, "ppo.batch": 1024,
-        "ppo.minibatches": 1, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.value": "shared",
-        "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5,
-        "ppo.tf_adam": True, "ppo.max_grad_norm": 1e9, "ppo.micro": 32},
+        "model.vocab_size": 50257, "model.n_layer": 36, "model.n_head": 20, "model.n_embd": 1280, "model.max_query": 64,
+        "model.max_response": 24, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
+        "reward.lr": 1.77e-5, "reward.batch": 8, "reward.warmup": 0, "reward.final_lr": 0.0, "reward.weight_decay": 0.0,
+        "ppo.lr": 1.41e-5, "ppo.iterations": 1953, "ppo.batch": 1024, "ppo.minibatches": 1, "ppo.beta": 0.15, "ppo.kl": "adaptive",
+        "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.value": "shared", "ppo.whiten_rewards": True, "ppo.stop_token": ".",
+        "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 1e9,
+        "ppo.micro": 32},
     "stiennon-1.3b": {
-        "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "model.max_query": 512, "model.max_response": 48,
-        "data.pretrain": 287790, "data.sft": 116722, "sft.lr": 6.35e-5, "sft.batch": 128, "sft.weight_decay": 0.0, "sft.micro": 8,
-        "sft.recompute": True, "reward.lr": 1.5e-5, "reward.batch": 64, "reward.weight_decay": 0.0, "reward.micro": 4, "reward.recompute": True,
-        "ppo.lr": 1.5e-5, "ppo.iterations": 1953, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.micro": 8, "ppo.recompute": True},
+        **GPT3_1B, "model.max_query": 512, "model.max_response": 48, "data.pretrain": 287790, "data.sft": 116722, "sft.lr": 6.35e-5,
+        "sft.batch": 128, "reward.lr": 1.5e-5, "ppo.lr": 1.5e-5, "ppo.iterations": 1953, "ppo.minibatches": 1},
     "instructgpt-1.3b": {
-        "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "model.max_query": 1024,
-        "model.max_response": 1024, "data.pretrain": 287790, "data.sft": 12725, "sft.lr": 9.65e-6, "sft.batch": 32, "sft.epochs": 16,
-        "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1, "sft.choose": "reward", "sft.micro": 4,
-        "sft.recompute": True, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.posts": 33207, "reward.loss": "kwise",
-        "reward.lr": 9e-6, "reward.batch": 64, "reward.warmup": 0, "reward.weight_decay": 0.0, "reward.micro": 1, "reward.recompute": True,
-        "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10, "ppo.iterations": 500, "ppo.batch": 512,
-        "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8, "ppo.ema": 0.992,
-        "ppo.micro": 4, "ppo.recompute": True},
+        **GPT3_1B, "model.max_query": 1024, "model.max_response": 1024, "data.pretrain": 287790, "data.sft": 12725, "sft.lr": 9.65e-6,
+        "sft.batch": 32, "sft.epochs": 16, "sft.warmup": 0, "sft.dropout": 0.2, "sft.mix": 0.1, "sft.choose": "reward",
+        "collect.posts": 33207, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "reward.loss": "kwise", "reward.lr": 9e-6,
+        "reward.warmup": 0, "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10, "ppo.iterations": 500,
+        "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8, "ppo.ema": 0.992},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
@@ -136,7 +136,7 @@ def preset(name):
 def check_together(s, real=False):
     """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
     check(s.collect.rounds == 1 or not real, "collect.rounds must be 1 with --comparisons: people have labelled")
-    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "collect.rounds must not be above ppo.iterations with collect.online")
+    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "with collect.online, collect.rounds must not be above ppo.iterations")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
@@ -221,8 +221,9 @@ def stage_pretrain(run):
 def stage_sft(run):
     """Supervised fine-tuning on the filtered summaries."""
     save_vocabulary(run.enc, path(run, "sft"))
-    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, sft_posts(run, run.settings.sft), run.Q, run.R),
-                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.sft, path(run, "sft"), run.seed)
+    s, posts = run.settings.sft, sft_posts(run, run.settings.sft)
+    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, posts, run.Q, run.R),
+                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), s, path(run, "sft"), run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token")
 
 
@@ -238,7 +239,7 @@ def label_share(k, s):
 
 
 def mixture(run):
-    """(name, policy, temperature, samples per post): whose samples a round's labels compare. Behind the first the latest policy, and SFT."""
+    """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and SFT."""
     k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
     if run.round == 1:
         part, pretrained = k // 4, load_model(path(run, "pretrained"), run.device)

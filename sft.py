@@ -350,7 +350,7 @@ def encode_posts(enc, posts, Q, R, stop=None):
 
 
 def sft_posts(run, s):
-    """What fine-tuning trains on: its own posts, and as many of pretraining's first that they are the share s.mix of all. (InstructGPT C.3)"""
+    """What fine-tuning trains on: its own posts, and as many of pretraining's that they are the share s.mix of all. (InstructGPT C.3)"""
     return run.posts["sft"] + run.posts["pretrain"][:round(len(run.posts["sft"]) * s.mix / (1 - s.mix))]
 
 
@@ -451,7 +451,8 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 def main():
     run, settings, out, device = alone(__doc__, "sft", SFTSettings, lambda run, s: check(
         s.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss"))
-    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, sft_posts(run, settings), run.Q, run.R),
+    posts = sft_posts(run, settings)
+    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, posts, run.Q, run.R),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")
 
