@@ -610,8 +610,8 @@ class GPT(nn.Module):
             x = self.wte(queries) + self.wpe(torch.arange(Q, device=queries.device).clamp(max=self.config.n_positions - 1))
             y = self.wte(responses) + self.wpe(position.clamp(max=self.config.n_positions - 1))[:, None]
             for block in self.blocks[:-1]:
-                x, y = block.branch(x, y, visible)
-            _, y = self.blocks[-1].branch(x, y, visible, lengths - 1)
+                x, y = self.run(block.branch, x, y, visible)
+            _, y = self.run(self.blocks[-1].branch, x, y, visible, lengths - 1)
         return self.score(self.ln_f(y.float())).squeeze(-1)
 
     def values(self, tokens, query_lengths, lengths, R):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import run
 from data import DataError, encode_query
-from reward import sample_responses
-from sft import load_model
+from reward import CollectSettings, sample_responses, score_groups, split_comparisons
+from sft import load_model, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -243,6 +243,20 @@ def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
     for line in (out / "comparisons.jsonl").open():
         row = json.loads(line)
         better.setdefault(row["info"]["id"], []).append(row["summaries"][row["choice"]]["text"])
+    r = open_run(str(out))  # labels, reward model and evaluation obey the rule as PPO does
+    texts = [s["text"] for line in (out / "comparisons.jsonl").open() for s in json.loads(line)["summaries"]]
+    rows = [json.loads(line)["policies"] for line in (out / "evaluation" / "samples.jsonl").open()]
+    texts += [row[name]["text"] for row in rows for name in ("pretrained", "sft", "ppo", "best_of_n")]
+    assert r.stop == (*r.enc.encode_ordinary("."), 4)
+    tails = [r.enc.encode_ordinary(" " + text.strip())[4:] for text in texts]
+    assert not any(r.stop[0] in tail[:-1] for tail in tails) and sum(tail[-1:] == [r.stop[0]] for tail in tails) > 5
+    margins = [json.loads(line)["margin"] for line in (out / "reward" / "held_out.jsonl").open()]
+    model, both = load_model(str(out / "reward"), "cpu", "scalar"), []
+    for stop in (r.stop, None):
+        _, held_out, _ = split_comparisons(r.enc, out / "comparisons.jsonl", r.Q, r.R, stop)
+        with torch.no_grad():
+            both.append(torch.sub(*score_groups(model, held_out)).tolist())
+    assert margins == pytest.approx(both[0], abs=.05) and max(abs(a - b) for a, b in zip(*both)) > .2
     assert len(better) == 24 and all(len(texts) <= 3 and len(set(texts)) == 1 for texts in better.values())
     assert "score.weight" not in load_file(out / "ppo" / "model.safetensors") and "score.weight" in load_file(out / "ppo" / "value" / "model.safetensors")
     rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
@@ -278,7 +292,8 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
         model.save_pretrained(tmp_path / "sft" / f"epoch-{epoch}")
     tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=90).save_pretrained(tmp_path / "reward")
     posts = [{"subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate."} for i in range(9)]
-    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", settings=run.preset("test"))
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", stop=None, round=1,
+                        settings=run.preset("test"))
     r.settings.sft.epochs = 3
     run.choose_sft(r)
     chosen = json.loads((tmp_path / "sft" / "chosen.json").read_text())
@@ -295,9 +310,31 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
     assert all((a[k] == b[k]).all() for k in a)
 
 
+def small(name, **more):
+    """A preset at the sizes of the test preset, which lets it take data and language model from a finished run of that."""
+    s = run.preset(name)
+    for key, value in (run.PRESETS["test"] | {key.replace("__", "."): value for key, value in more.items()}).items():
+        setattr(getattr(s, key.split(".")[0]), key.split(".")[1], value)
+    return s
+
+
+@pytest.mark.parametrize("name, more", [("stiennon", {}), ("instructgpt", {"sft__epochs": 2, "ppo__warmup": 1})])
+def test_every_embedded_preset_runs_end_to_end(finished, tmp_path, name, more):
+    """A few steps of each: choices that do not go together would stop one of its stages. (The default preset's are those of the test preset.)"""
+    s = small(name, **more)
+    without_report(s, tmp_path / "out", finished[0])
+    rows = rows_of(tmp_path / "out" / "evaluation" / "samples.jsonl")
+    assert len(rows) == 12 and any(row["policies"]["ppo"]["kl"] != 0 for row in rows)
+    assert len(rows_of(tmp_path / "out" / "ppo" / "metrics.jsonl")) == 2
+    assert len(list((tmp_path / "out" / "reward").glob("round-*"))) == s.collect.rounds - 1
+
+
 def test_every_preset_builds_and_validates():
-    for name in run.PRESETS:
-        assert run.preset(name).ppo.beta > 0
+    for name, values in run.PRESETS.items():
+        s = run.preset(name)
+        assert all(getattr(getattr(s, key.split(".")[0]), key.split(".")[1]) == value for key, value in values.items())
+    episodes = {name: run.preset(name).ppo.iterations * run.preset(name).ppo.batch for name in run.PRESETS if "-" in name}
+    assert [episodes[name] for name in ("ziegler-774m", "stiennon-1.3b", "instructgpt-1.3b")] == [1999872, 999936, 256000]  # as published
     with pytest.raises(DataError, match="iterations"):
         s = run.preset("tiny").ppo
         s.iterations = 0
@@ -345,7 +382,7 @@ def test_an_interrupted_stage_has_cost_its_time(tmp_path, monkeypatch):
 
     def interrupted(_):
         raise KeyboardInterrupt
-    of = SimpleNamespace(folder=str(tmp_path), enc=None)
+    of = SimpleNamespace(folder=str(tmp_path), enc=None, settings=run.preset("test"))
     monkeypatch.setattr(run, "STAGES", [("sft", "sft/model.safetensors", interrupted)])
     interrupted.__doc__ = "A stage."
     with pytest.raises(KeyboardInterrupt):
@@ -402,3 +439,123 @@ def test_which_stages_a_base_shares(finished):
     other = json.loads(json.dumps(chosen))
     other["settings"]["reward"]["lr"] = 1.0
     assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.open()]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_report(settings, out, base):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.evaluation, "write_report", lambda *args: None)
+        run.run_pipeline(settings, 1, str(out), "test", str(base), device="cpu")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["batched", "online"])
+def two_rounds(finished, tmp_path_factory, request):
+    """A run whose labels come in two rounds, data and SFT model taken over; and whether PPO goes on between them."""
+    out = tmp_path_factory.mktemp("rounds") / "two"
+    s = small("tiny", collect__rounds=2, collect__online=request.param)
+    without_report(s, out, finished[0])
+    return out, s, request.param
+
+
+def test_labels_of_later_rounds_are_on_the_latest_policy(two_rounds, finished):
+    """Catches posts labelled twice or never, more labels than offline, labels lost or on the first policies again."""
+    out, s, _ = two_rounds
+    rows, offline, earlier = (rows_of(folder / "comparisons.jsonl") for folder in (out, finished[0], out / "reward" / "round-1"))
+    later = rows[len(earlier):]
+    assert rows[:len(earlier)] == earlier and [{r["batch"] for r in part} for part in (earlier, later)] == [{"round-1"}, {"round-2"}]
+    for split in ("train", "valid"):
+        first, second, every = ({r["info"]["id"] for r in part if r["split"] == split} for part in (earlier, later, offline))
+        assert not first & second and first | second == every and len(first) == len(second)
+    names = [{s["policy"] for r in part for s in r["summaries"]} for part in (earlier, later)]
+    assert names == [{"ref", "sft-0.3", "sft-0.5", "pretrained-0.5"}, {"ref", "ppo-1-0.7", "sft-0.5"}]
+    r = SimpleNamespace(folder=str(out), settings=s, round=2, device="cpu")
+    mixture = {name: policy for name, policy, _, _ in run.mixture(r)}
+    assert same(load_model(str(out / "ppo" / "round-1"), "cpu").state_dict(), mixture["ppo-1-0.7"].state_dict())
+    assert sum(n for *_, n in run.mixture(r)) == s.collect.k
+
+
+def test_every_round_trains_its_reward_model_on_all_labels_from_sft(two_rounds, tmp_path):
+    """Catches a reward model that goes on from the last round's, or sees the new labels alone: the same training once more."""
+    import reward
+    out, s, _ = two_rounds
+    for folder, labels in (("reward/round-1", "reward/round-1/comparisons.jsonl"), ("reward", "comparisons.jsonl")):
+        r = open_run(str(out))
+        r.seed = 1
+        torch.manual_seed(1)
+        model = load_model(str(out / "sft"), "cpu", "scalar")
+        train, _, _ = split_comparisons(r.enc, out / labels, r.Q, r.R)
+        reward.train_reward(model, train, reward.normalising_rows(r, s.reward, "cpu"), s.reward, str(tmp_path / folder), 1)
+        assert same(weights(tmp_path / folder), weights(out / folder))
+    assert not same(weights(out / "reward"), weights(out / "reward" / "round-1"))
+
+
+def test_a_later_round_begins_with_sft_or_goes_on(two_rounds):
+    """Batched: a new policy from SFT. Online: one PPO with one plan, another reward model behind the pause."""
+    out, _, online = two_rounds
+    first, last = rows_of(out / "ppo" / "round-1" / "metrics.jsonl"), rows_of(out / "ppo" / "metrics.jsonl")
+    assert [r["step"] for r in last] == [0, 1] and [r["step"] for r in first] == ([0] if online else [0, 1])
+    assert (first[0] == last[0]) == online and last[0]["kl"] < 1e-3
+    assert not same(weights(out / "ppo"), weights(out / "ppo" / "round-1"))
+
+
+def test_rounds_resume_bit_for_bit(two_rounds, tmp_path):
+    """Catches a round that depends on what is not on disk: all but its beginning is lost and made again."""
+    out, s, _ = two_rounds
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    made = ("comparisons.jsonl", "reward/model.safetensors", "ppo/model.safetensors", "ppo/round-1/model.safetensors", "evaluation/samples.jsonl")
+    for name in (*made, "reward/held_out.jsonl", "reward/state.pt", "ppo/state.pt"):
+        os.remove(again / name)
+    without_report(s, again, json.loads((again / "config.json").read_text())["base"])
+    for file in made:
+        assert (again / file).read_bytes() == (out / file).read_bytes(), file
+
+
+def test_label_schedules_by_hand():
+    """Batched: an equal share in each round. Online: Ziegler's, most labels early; all of them when the last reward model is trained."""
+    def shares(**settings):
+        s = CollectSettings(**settings)
+        return [run.label_share(k, s) for k in range(s.rounds + 1)]
+    assert shares() == [0, 1] and shares(rounds=4) == [0, .25, .5, .75, 1]
+    assert shares(rounds=3, online=True) == pytest.approx([0, 1 / 3, 1 / 3 + 2 / 3 * .75, 1])
+    assert shares(rounds=2, online=True) == pytest.approx([0, .5, 1])
+
+
+def test_a_base_with_rounds_is_shared_whole_or_not(two_rounds):
+    """Labels of later rounds depend on what PPO was: another β, and they are others."""
+    out, _, _ = two_rounds
+    old = json.loads((out / "config.json").read_text())
+    new = json.loads(json.dumps(old))
+    assert run.same_stages(out, old, new) == [name for name, _, _ in run.STAGES]
+    new["settings"]["ppo"]["beta"] = 1.0
+    assert run.same_stages(out, old, new) == ["data", "pretrain", "sft"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--rounds", "0"], "rounds"), (["--rounds", "9"], "rounds"), (["--rounds", "3", "--collect.online", "true"], "iterations")])
+def test_rounds_out_of_range_are_refused(tmp_path, monkeypatch, args, says):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--preset", "test", "--out", str(tmp_path / "o"), *args])
+    with pytest.raises(DataError, match=says):
+        run.main()
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("module, args", [("sft", ["--choose", "reward"]), ("reward", ["--loss", "kwise"]), ("ppo", ["--stop_token", "no such token"]),
+                                          ("ppo", ["--truncate_after", "48"])])
+def test_a_stage_alone_is_refused_before_it_writes(finished, tmp_path, monkeypatch, module, args):
+    """Catches a folder that, after a refusal, refuses the corrected command too."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", str(finished[0]), "--out", str(tmp_path / "o"), *args])
+    with pytest.raises(DataError):
+        __import__(module).main()
+    assert not (tmp_path / "o").exists()
