@@ -286,8 +286,8 @@ TASKS = {
     "tldr": Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # Stiennon
     "cnndm": Task("Article:\n{post}\n\nTL;DR:\n", "", 1919, 128, EOS, 0),  # Stiennon's supervised model
     "cnndm-transfer": Task("{post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # articles for a model that was trained on tldr
-    "sentiment": Task("{post}", "", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book
-    "descriptiveness": Task("{post}", "", 64, 24, ".", 16),
+    "sentiment": Task("{post}", " ", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book, which ends in '.'
+    "descriptiveness": Task("{post}", " ", 64, 24, ".", 16),
 }
 LABEL_PAD = 50259  # what fills the arrays of Ziegler's label files, two beyond GPT-2's vocabulary
 MAX_TEXT = 200_000  # characters of one text; tiktoken fails on a million blanks in a row
@@ -635,9 +635,10 @@ def _most_characters(enc, post, Q):
 def encode_response(enc, summary, R, task="tldr", stop=None):
     """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS.
 
-    stop: (token, after) of another rule; a response that ends with '.' has no EOS, so that a reward model reads what PPO will show it."""
+    stop: (token, after) of another rule; a response that ends with '.' has no EOS, so that a reward model reads what PPO will show it.
+    Without a rule the task decides: what continues a text is followed by more text."""
     ids, eos = enc.encode_ordinary(TASKS[task].lead + summary.strip()), enc.n_vocab - 1
-    return ids[:R - 1] + [eos] if stop is None or stop[0] == eos else ids[:R]
+    return ids[:R - 1] + [eos] if (TASKS[task].stop == EOS if stop is None else stop[0] == eos) else ids[:R]
 
 
 def decode_response(enc, ids):

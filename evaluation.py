@@ -184,10 +184,12 @@ def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of
         for row, entry in zip(rows, entries(enc, reward_model, queries, responses, kls, stop)):
             row["policies"][name] = entry
 
-    add("reference", [encode_response(enc, p["summary"], R, stop=stop) for p in posts])
-    add("lead3", [encode_response(enc, lead3(p), reward_model.config.n_positions - Q, stop=stop) for p in posts])
+    story = posts[0].get("task") in world.STYLES
+    add("reference", [encode_response(enc, p["summary"], R, p.get("task", "tldr"), stop) for p in posts])
+    if not story:  # whose beginning is no continuation
+        add("lead3", [encode_response(enc, lead3(p), reward_model.config.n_positions - Q, stop=stop) for p in posts])
     for name in ("pretrained", "sft", "ppo"):
-        add(name, *greedy_and_kl(models[name], models["sft"], queries, R, temperature, generator, stop))
+        add(name, *responses_and_kl(models[name], models["sft"], queries, R, temperature, generator, stop, greedy=not story))
     many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of, stop=stop)
     scores = score_all(reward_model, queries, many, best_of)
     add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
@@ -202,12 +204,14 @@ def entries(enc, reward_model, queries, responses, kls=None, stop=None):
              "score": score, "kl": None if kls is None else kls[i]} for i, (response, score) in enumerate(zip(responses, scores))]
 
 
-def greedy_and_kl(policy, sft, queries, R, temperature, generator, stop=None):
-    """A policy's greedy responses, and the KL from SFT of one sample at the rollout temperature each."""
-    greedy = sample_responses(policy, queries, R, 0, generator, stop=stop)
+def responses_and_kl(policy, sft, queries, R, temperature, generator, stop=None, greedy=True):
+    """A policy's responses, and the KL from SFT of one sample at the rollout temperature each: it is the response too where that is not
+    greedy. (What continues a story is judged as a sample, as in Ziegler: there is no one right continuation.)"""
+    responses = sample_responses(policy, queries, R, 0 if greedy else temperature, generator, stop=stop)
     if policy is sft:
-        return greedy, [0.0] * len(queries)
-    return greedy, sampled_kl(policy, sft, queries, sample_responses(policy, queries, R, temperature, generator, stop=stop), temperature)
+        return responses, [0.0] * len(queries)
+    samples = sample_responses(policy, queries, R, temperature, generator, stop=stop) if greedy else responses
+    return responses, sampled_kl(policy, sft, queries, samples, temperature)
 
 
 def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
@@ -224,18 +228,22 @@ def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
 
 
 def measure_policies(rows):
-    """{policy: what report/results.json says of it}. Win rates are against the reference of the same post."""
+    """{policy: what report/results.json says of it}. Win rates are against the reference of the same post; *_sft against SFT's response."""
     out = {}
     gold_known = all("facts" in row["post"] for row in rows)
     for name in rows[0]["policies"]:
-        mine, ref = ([row["policies"][who] for row in rows] for who in (name, "reference"))
-        entry = {"gold_win_rate": None, "gold_win_rate_ci": None, "gold_win_rate_length_controlled": None, "gold_utility": None}
+        mine, ref, sft = ([row["policies"].get(who) for row in rows] for who in (name, "reference", "sft"))
+        entry = dict.fromkeys(["gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "gold_utility", "gold_win_rate_sft",
+                               "gold_win_rate_sft_ci"])
         if gold_known:
             u, v = (np.array([world.utility(row["post"], s["text"]) for row, s in zip(rows, side)]) for side in (mine, ref))
             w = wins(u, v)
             ratio = [math.log(a["length"] / b["length"]) for a, b in zip(mine, ref)]
-            entry = {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
+            entry |= {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
                      "gold_win_rate_length_controlled": length_controlled_win_rate(w, ratio), "gold_utility": float(u.mean())}
+            if sft[0] is not None:
+                w = wins(u, [world.utility(row["post"], s["text"]) for row, s in zip(rows, sft)])
+                entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
         rm = wins([s["score"] for s in mine], [s["score"] for s in ref])
         kls = [s["kl"] for s in mine if s["kl"] is not None]
         out[name] = entry | {
@@ -297,6 +305,9 @@ def draw_training(folder, path):
     figure, (axes,) = new_figure(columns=3, width=4)
     for ax, (stage, label) in zip(axes, (("pretrained", "pretraining"), ("sft", "SFT"), ("reward", "reward model"))):
         rows = [r for r in read_metrics(os.path.join(folder, stage)) if "loss" in r]
+        if not rows:  # Ziegler has no SFT
+            ax.axis("off")
+            continue
         ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=BLUE, alpha=.3, lw=.8)
         window = max(1, len(rows) // 20)
         smooth = np.convolve([r["loss"] for r in rows], np.ones(window) / window, "valid")
@@ -308,7 +319,7 @@ def draw_training(folder, path):
 def draw_ppo(folder, path):
     """What to watch while PPO runs."""
     rows = read_metrics(os.path.join(folder, "ppo"))
-    curves = [("score", "reward model's score"), ("gold", "gold utility (key facts)"), ("kl", "KL to SFT (nats)"),
+    curves = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
               ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
               ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
     curves = [c for c in curves if rows[0].get(c[0]) is not None]
@@ -363,15 +374,23 @@ def print_table(header, rows):
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
+def over_sft(ppo):
+    return "against what it began as (SFT), PPO wins {:.1%} of the posts by the gold judge ({:.1%} – {:.1%})".format(
+        ppo["gold_win_rate_sft"], *ppo["gold_win_rate_sft_ci"])
+
+
 def report_text(settings, seconds, reward, policies, samples):
     """report.md"""
     header, rows = table_rows(policies)
     n = policies["reference"]["n"]
     out = [f"# Report of a run: preset {settings['preset']}, seed {settings['seed']}", "",
-           f"Win rates are against the reference summary of the same held-out post ({n} posts, ties count one half), greedy decoding; "
-           "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature.", "",
+           f"Win rates are against the reference of the same held-out post ({n} posts, ties count one half), "
+           f"{'samples at the rollout temperature' if policies.get('lead3') is None else 'greedy decoding'}; "
+           "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature.",
+           *(["SFT is the language model itself: nothing was fine-tuned before PPO."] if not settings["settings"]["sft"]["epochs"] else []), "",
            "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     out += ["| " + " | ".join(row) + " |" for row in rows]
+    out += ["", over_sft(policies["ppo"])] if policies["ppo"]["gold_win_rate_sft"] is not None else []
     out += ["", "![win rates](win_rates.png)", "", "## Reward model", "",
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
@@ -387,7 +406,7 @@ def report_text(settings, seconds, reward, policies, samples):
             "## Samples", "", "The first five held-out posts, not chosen."]
     for row in samples[:5]:
         post = row["post"]
-        out += ["", f"**r/{post['subreddit']}: {post['title']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
+        out += ["", f"**r/{post['subreddit']}: {post['title']}**" if post["title"] else f"**{post['id']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
         for name in [n for n in POLICIES if n in row["policies"]]:
             s = row["policies"][name]
             gold = f"; gold {world.utility(post, s['text']):.1f}" if "facts" in post else ""
@@ -436,7 +455,8 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     seconds = dict(seconds or old.get("seconds", {}))
     seconds["total"] = sum(t for stage, t in seconds.items() if stage != "total")
     results = {"settings": {k: v for k, v in config.items() if k != "versions"}, "seconds": seconds,
-               "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward, "policies": policies}
+               "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward,
+               "policies": {name: policies.get(name) for name in POLICIES}}
     write_atomic(results_file, json.dumps(results, indent=1))
     draw_win_rates(policies, os.path.join(report, "win_rates.png"))
     draw_reward(reward, os.path.join(report, "reward.png"))
@@ -447,6 +467,8 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     with open(os.path.join(report, "policies.csv"), "w", newline="") as f:
         csv.writer(f).writerows([header] + rows)
     print_table(header, rows)
+    if policies["ppo"]["gold_win_rate_sft"] is not None:
+        print(over_sft(policies["ppo"]))
     print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; ceiling {show(reward['labeler_ceiling'])}; "
           f"longer wins {reward['longer_wins']:.1%}")
     memory = "" if peak_rss_mb is None else f", peak memory {peak_rss_mb:.0f} MB"
@@ -460,7 +482,7 @@ def judge_policy(folder, policy_folder, device):
     policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
-    responses, kls = greedy_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop)
+    responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop, samples[0]["post"].get("task") not in world.STYLES)
     for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
     print(f"the row of PPO is the policy in {policy_folder}")

@@ -81,7 +81,7 @@ def plain_attention(q, k, v):
 def attention_in_parts(q, k, v, most=2**20, strip=256):
     """plain_attention on a CPU: a few rows at a time, so that their scores stay in the processor's cache (`most` of them), and of
     long rows a strip of queries, whose product leaves out the keys behind its last query."""
-    (B, H, T, D), S = q.shape, k.shape[2]
+    H, T, S = q.shape[1], q.shape[2], k.shape[2]
 
     def strips(q, k, v):
         return torch.cat([plain_attention(part, k[:, :, :end], v[:, :, :end]) for part, end in

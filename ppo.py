@@ -64,14 +64,14 @@ class PPOSettings:
     tf_adam: bool = False  # ε where TensorFlow 1 adds it: smaller first steps (Ziegler's code)
     micro: int = 0  # episodes (PPO-ptx: rows) per forward and backward pass, 0: a whole minibatch; the same gradient in less memory
     recompute: bool = False  # compute activations again in the backward pass: less memory, more time
-    max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart
+    max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart; 0: none (Ziegler)
 
     def validate(self):
         check(self.lr > 0 and self.iterations > 0 and self.batch > 0 and self.epochs > 0, "lr, iterations, batch and epochs "
               "must be above 0")
         check(0 < self.minibatches <= self.batch, "minibatches must be between 1 and batch")
         check(self.micro >= 0 and self.value_coef >= 0, "micro and value_coef must not be negative")
-        check(self.max_grad_norm > 0, "max_grad_norm must be above 0")
+        check(self.max_grad_norm >= 0, "max_grad_norm must not be negative")
         check(self.beta >= 0, "beta must not be negative: a negative KL penalty rewards leaving the reference")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
         check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")
@@ -315,7 +315,7 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
                 loss = ptx_backward(policy, pretraining, len(minibatch), s, generator)
                 totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + loss
             for model in {policy, value_model}:  # one and the same where the value head is shared
-                torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or float("inf"))
             tf_adam_step(optimizer, s.adam_eps) if s.tf_adam else optimizer.step()
             if average is not None:
                 move_average(average, policy, s.ema)

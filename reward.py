@@ -160,13 +160,15 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
     policies: list of (name, model, temperature, samples per post); with labels = "pairs" the author's reference takes part too.
     A ranking or a choice of the best is written as the pairs that it implies, in the same format: whatever reads comparisons reads
     them, and nothing is lost, since the rank of a summary is the number of comparisons that it lost (see ranks_of). So a post is
-    ranked once; ties have no row. Ziegler's own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
+    ranked once; ties have no row. Where a response ends otherwise than with EOS, samples without an end are not shown, as
+    in Ziegler's collection, whose own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
     queries = [encode_query(enc, post, Q) for post in posts]
     texts = [[("ref", post["summary"])] for post in posts]
     for name, model, temperature, n in policies:
         samples = sample_responses(model, queries, R, temperature, generator, n, stop=stop)
         for i, ids in enumerate(samples):
-            texts[i // n].append((name, decode_response(enc, ids)))
+            if stop is None or stop[0] == enc.n_vocab - 1 or ids[-1] == stop[0] and len(ids) > stop[1]:
+                texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
     for post, candidates in zip(posts, texts):
         if k_min:
@@ -175,7 +177,7 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
                    ask_all(labeler, post, candidates[1:], labels, rng))
         for a, b, choice, confidence, worker in answers:
             comparisons.append({
-                "info": {key: post[key] for key in ("id", "subreddit", "title", "post", "facts")},
+                "info": {key: post[key] for key in ("id", "task", "subreddit", "title", "post", "facts") if key in post},
                 "summaries": [{"text": " " + t, "policy": name} for name, t in (a, b)], "choice": choice,
                 "worker": worker, "batch": batch, "split": split, "extra": {"confidence": confidence}})
     return comparisons
@@ -211,8 +213,9 @@ def group_by_post(enc, comparisons, Q, R, stop=None):
             c = comparisons[i]
             a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
-        groups.append({"query": encode_query(enc, comparisons[members[0]]["info"], Q), "pairs": pairs, "index": members,
-                       "responses": [encode_response(enc, text, R, stop=stop) for text in texts]})
+        info = comparisons[members[0]]["info"]
+        groups.append({"query": encode_query(enc, info, Q), "pairs": pairs, "index": members,
+                       "responses": [encode_response(enc, text, R, info.get("task", "tldr"), stop) for text in texts]})
     return groups
 
 

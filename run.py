@@ -24,14 +24,14 @@ import torch
 
 import evaluation
 import world
-from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
-                  save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
+from data import (TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, load_posts, pad_rows, post_key,
+                  query_text, save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, pretraining_rows, train_ppo
 from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows,
                     sample_responses, score_all, split_comparisons, train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
-                 pick_device, run_main, sft_posts, stop_rule, train_lm)
+                 pick_device, run_main, sft_posts, stop_rule, train_lm, truncate)
 
 
 @dataclass
@@ -56,8 +56,10 @@ class PostSettings:
     pretrain: int = 16000  # unfiltered posts for the language model; PPO takes its prompts from them
     sft: int = 1600  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
     test: int = 500  # held-out posts of the evaluation
+    task: str = "tldr"  # of the embedded world: tldr, or stories to be continued: sentiment (happily) or descriptiveness (Ziegler)
 
     def validate(self):
+        check(self.task in world.TASK_WEIGHTS, f"data.task must be one of {', '.join(world.TASK_WEIGHTS)}")
         check(min(self.pretrain, self.sft, self.test) > 0, "data.pretrain, data.sft and data.test must be above 0")
 
 
@@ -116,6 +118,13 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
         "collect.posts": 33207, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "reward.loss": "kwise", "reward.lr": 9e-6,
         "reward.warmup": 0, "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10, "ppo.iterations": 500,
         "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8, "ppo.ema": 0.992},
+    "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
+                "pretrain.query_weight": 1.0, "sft.epochs": 0,
+                "collect.posts": 2500, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
+                "ppo.lr": 1e-3, "ppo.iterations": 60, "ppo.batch": 128, "ppo.minibatches": 1, "ppo.epochs": 4,
+                "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 77, "ppo.value": "shared",
+                "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
+                "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
@@ -140,6 +149,9 @@ def check_together(s, real=False):
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
+    check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
+    check(real or s.data.task == "tldr" or s.ppo.stop_token, f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must "
+          "say what ends a response, as in the preset ziegler")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
@@ -167,7 +179,7 @@ def split_posts(run):
         sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
                  "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
         surplus = {"sft", "valid", "test"}  # these will be filtered by length
-        return {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0)
+        return {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0, s.data.task)
                 for name, n in sizes.items()}
     posts, skipped = load_posts(run.posts_file)
     print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
@@ -181,15 +193,25 @@ def split_posts(run):
     return {"test": posts[:held], "valid": posts[held:2 * held], "pretrain": train[:s.data.pretrain], "sft": train[:s.data.sft]}
 
 
+def end_stories(enc, stories, R):
+    """Stories whose own continuation ends where a response of the task may, cut there: the references. (Ziegler's rule for samples)"""
+    task = TASKS[stories[0]["task"]]
+    R = R or task.R
+    tokens, _ = pad_rows([encode_response(enc, p["summary"], R, p["task"]) for p in stories])
+    tokens, lengths, ended = truncate(tokens, torch.zeros(len(stories), dtype=torch.long), R, *stop_rule(enc, task.stop, task.earliest, R))
+    return [{**p, "summary": decode_response(enc, row[:n].tolist())} for p, row, n, ok in zip(stories, tokens, lengths, ended) if ok]
+
+
 def stage_data(run):
     """Posts of every split, the tokenizer trained on them, query and response lengths Q and R."""
     s, splits = run.settings, split_posts(run)
     enc = train_bpe([query_text(p) + " " + p["summary"] for p in splits["pretrain"][:5000]], s.model.vocab_size)
     if run.posts_file is None:  # supervised training and evaluation take the filtered TL;DRs only, as the papers do
         for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
-            fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))]
+            fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))] if s.data.task == "tldr" else \
+                   end_stories(enc, splits[name], s.model.max_response)
             splits[name] = fits[:n]
-    lengths = [len(encode_response(enc, p["summary"], 10**6)) for p in splits["sft"]]
+    lengths = [len(encode_response(enc, p["summary"], 10**6, p.get("task", "tldr"))) for p in splits["sft"]]
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
     stop = stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
@@ -241,7 +263,9 @@ def label_share(k, s):
 def mixture(run):
     """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and SFT."""
     k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
-    if run.round == 1:
+    if run.round == 1 and not run.settings.sft.epochs:  # all from the policy as PPO will sample it (Ziegler §2.1)
+        policies = [("initial", sft, run.settings.ppo.temperature, k)]
+    elif run.round == 1:
         part, pretrained = k // 4, load_model(path(run, "pretrained"), run.device)
         policies = [("sft-0.3", sft, 0.3, part), ("sft-0.5", sft, 0.5, k - 2 * part), ("pretrained-0.5", pretrained, 0.5, part)]
     else:
@@ -255,7 +279,8 @@ def stage_collect(run):
     s, name = run.settings.collect, f"{run.seed}-{run.round}" if run.round > 1 else str(run.seed)
     rng = random.Random(f"collect-{name}")
     if run.comparisons_file is None:
-        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, tie=s.tie, seed=run.seed)
+        labeler = world.Labeler(run.settings.data.task, s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped,
+                                tie=s.tie, seed=run.seed)
         comparisons, policies = [], mixture(run)
         if run.round > 1:
             labeler.rng = random.Random(f"labeler-{name}")  # the same people, other mistakes
@@ -265,10 +290,10 @@ def stage_collect(run):
             comparisons += collect(run.enc, posts[begin:end], policies, labeler, s.pairs, run.Q, run.R,
                                    torch.Generator().manual_seed(run.seed + 10**6 * (run.round - 1)), rng, split, s.labels, run.stop,
                                    s.k_min, f"round-{run.round}")
-        agreement = labeler_agreement(labeler, comparisons)
+        agreement = labeler_agreement(labeler, comparisons, policies[len(policies) // 2][0])
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
-            print(f"on {agreement['pairs']} pairs of SFT samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
+            print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
                   f"with each other {agreement['between_labelers']:.1%}")
     else:
         comparisons, skipped = load_comparisons(run.comparisons_file)

@@ -33,7 +33,7 @@ from model import GPT, choose_precision
 class SFTSettings:
     lr: float = 1e-3  # peak learning rate
     batch: int = 32  # rows per step
-    epochs: int = 1  # passes over the posts
+    epochs: int = 1  # passes over the posts; 0 leaves the model as it is (Ziegler has no SFT)
     warmup: int = 20  # steps of linear warm-up
     final_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices and embeddings
@@ -45,11 +45,12 @@ class SFTSettings:
     choose: str = "last"  # the epoch whose weights are kept: last, loss (lowest held out) or reward (the reward model's; InstructGPT C.1)
 
     def validate(self):
-        check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
+        check(self.lr > 0 and self.batch > 0 and self.epochs >= 0, "lr and batch must be above 0, epochs must not be negative")
         check(self.warmup >= 0 and self.weight_decay >= 0 and self.micro >= 0, "warmup, weight_decay and micro must not be negative")
         check(0 <= self.final_lr <= 1 and 0 <= self.query_weight <= 1, "final_lr and query_weight must lie between 0 and 1")
         check(0 <= self.dropout < 1 and 0 <= self.mix < 1, "dropout and mix must be at least 0 and below 1")
         check(self.choose in ("last", "loss", "reward"), "choose must be last, loss or reward")
+        check(self.epochs > 0 or self.choose == "last", "with epochs 0 there is nothing to choose")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def sample(policy, tokens, query_lengths, R, temperature, stop, generator, n=1):
 
 def encode_posts(enc, posts, Q, R, stop=None):
     """-> queries, responses: lists of token ids; the response is the author's summary."""
-    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R, stop=stop) for p in posts]
+    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R, p.get("task", "tldr"), stop) for p in posts]
 
 
 def sft_posts(run, s):
@@ -422,7 +423,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
     s, model.recompute = settings, settings.recompute
     queries, responses = train
     plan = batches(len(queries), s.batch, s.epochs, seed, [len(q) + len(r) for q, r in zip(queries, responses)])
-    per_epoch = len(plan) // s.epochs
+    per_epoch = len(plan) // max(1, s.epochs)
     optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
     start, _ = load_state(folder, [model], optimizer, generator)
     log = MetricsLog(folder, start)

@@ -5,13 +5,14 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_rows, tiny_model
 
 import world
 from data import pad_rows
 from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, entries, lead3, length_controlled_win_rate,
-                        measure_policies, measure_reward, reward_margins, sampled_kl, sentence_novelty, wins)
-from reward import group_by_post
+                        measure_policies, measure_reward, responses_and_kl, reward_margins, sample_policies, sampled_kl, sentence_novelty, wins)
+from reward import group_by_post, sample_responses
 
 
 # --- best of n
@@ -208,6 +209,33 @@ def test_a_policy_that_is_the_reference_wins_half():
     worse = measure_policies(policy_rows(lambda i, p: {"text": "cat cat cat cat cat"}))["other"]
     assert worse["gold_win_rate"] < .1 and worse["copy_fraction"] == 0
     assert measure_policies([{**row, "post": {"post": row["post"]["post"]}} for row in rows])["other"]["gold_win_rate"] is None
+
+
+def test_win_rate_over_sft_by_hand():
+    """Catches SFT's response taken for the reference's or another post's, and its own rate other than one half."""
+    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 4 else "cat"})
+    for i, row in enumerate(rows):
+        row["policies"]["sft"] = row["policies"]["same"] | {"text": world.full_summary(row["post"]) if i < 4 else "cat cat"}
+    out = measure_policies(rows)
+    assert out["sft"]["gold_win_rate_sft"] == .5 and out["sft"]["gold_win_rate_sft_ci"] == [.5, .5]
+    assert out["other"]["gold_win_rate_sft"] == pytest.approx((1.5 + 36) / 40)  # of the first four a loss and three ties; then all won
+    lo, hi = out["other"]["gold_win_rate_sft_ci"]
+    assert .85 < lo < .94 < hi < 1 and measure_policies(policy_rows(lambda i, p: {"text": "cat"}))["other"]["gold_win_rate_sft"] is None
+
+
+def test_stories_are_judged_by_samples(enc, g):
+    """Catches greedy continuations, a KL of other samples than those shown, and an excerpt's first sentences as a baseline."""
+    policy, sft, dot = *(tiny_model(seed=i, vocab_size=enc.n_vocab, n_positions=200) for i in (0, 1)), enc.encode_ordinary(".")[0]
+    queries, seed = [[1, 2, 3], [4, 5]] * 3, torch.Generator().manual_seed
+    shown, kls = responses_and_kl(policy, sft, queries, 8, 1.0, seed(5), (dot, 4), greedy=False)
+    assert shown == sample_responses(policy, queries, 8, 1.0, seed(5), stop=(dot, 4))
+    assert kls == pytest.approx(sampled_kl(policy, sft, queries, shown, 1.0), abs=1e-5) and max(map(abs, kls)) > .01
+    greedy, _ = responses_and_kl(policy, sft, queries, 8, 1.0, seed(5), (dot, 4))
+    assert greedy == sample_responses(policy, queries, 8, 0, g, stop=(dot, 4)) != shown
+    posts = [{**p, "post": "a dog. " * 4} for p in world.make_posts(3, 1, "t", task="sentiment")]
+    models = {"pretrained": sft, "sft": sft, "ppo": policy}
+    rows = sample_policies(enc, posts, models, tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=200), 60, 8, 1.0, 2, g, (dot, 4))
+    assert set(rows[0]["policies"]) == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
 
 
 def test_the_table_controls_for_length():

@@ -247,7 +247,6 @@ def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
     texts = [s["text"] for line in (out / "comparisons.jsonl").open() for s in json.loads(line)["summaries"]]
     rows = [json.loads(line)["policies"] for line in (out / "evaluation" / "samples.jsonl").open()]
     texts += [row[name]["text"] for row in rows for name in ("pretrained", "sft", "ppo", "best_of_n")]
-    assert r.stop == (*r.enc.encode_ordinary("."), 4)
     tails = [r.enc.encode_ordinary(" " + text.strip())[4:] for text in texts]
     assert not any(r.stop[0] in tail[:-1] for tail in tails) and sum(tail[-1:] == [r.stop[0]] for tail in tails) > 5
     margins = [json.loads(line)["margin"] for line in (out / "reward" / "held_out.jsonl").open()]
@@ -261,6 +260,33 @@ def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
     assert "score.weight" not in load_file(out / "ppo" / "model.safetensors") and "score.weight" in load_file(out / "ppo" / "value" / "model.safetensors")
     rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
     assert rows[1]["beta"] == pytest.approx(rows[0]["beta"] * (1 - 0.2 * 8 / 50))
+
+
+def test_stories_go_through_every_stage(tmp_path):
+    """The preset ziegler at the size of a test: no SFT, four samples of the initial policy, ends at '.', no lead-3; a style is its labeler."""
+    out, args = tmp_path / "out", ["--device", "cpu", *options(
+        "model.n_layer=2 model.n_embd=32 model.n_head=2 data.pretrain=400 data.sft=40 data.test=12 pretrain.lr=1e-2 collect.posts=24 "
+        "collect.held_out_posts=12 ppo.iterations=2 ppo.batch=8 ppo.kl_horizon=50 evaluation.best_of=2")]
+    done = script("run.py", "--preset", "ziegler", "--out", out, *args)
+    assert done.returncode == 0, done.stderr
+    a, b = (load_file(out / name / "model.safetensors") for name in ("pretrained", "sft"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    r = open_run(str(out))
+    assert r.Q <= 64 and r.R == 24 and r.stop == (r.enc.encode_ordinary(".")[0], 16)
+    rows = [json.loads(line) for line in (out / "comparisons.jsonl").open()]
+    shown = [r.enc.encode_ordinary(" " + s["text"].strip()) for row in rows for s in row["summaries"]]
+    assert len(shown) > 30 and all(ids[-1] == r.stop[0] and r.stop[0] not in ids[16:-1] for ids in shown)
+    assert {s["policy"] for row in rows for s in row["summaries"]} == {"initial"} and {row["info"]["task"] for row in rows} == {"sentiment"}
+    for row in (json.loads(line) for line in (out / "evaluation" / "samples.jsonl").open()):
+        reference = row["policies"]["reference"]
+        assert reference["eos"] and 16 < reference["length"] <= 24 and reference["text"] == row["post"]["summary"]
+    results = json.loads((out / "report" / "results.json").read_text())["policies"]
+    assert results.pop("lead3") is None and set(results) == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
+    assert results["ppo"]["gold_win_rate_sft"] is not None and results["pretrained"]["kl"] == results["sft"]["kl"] == 0
+    assert "PPO wins" in done.stdout and "nothing was fine-tuned" in (out / "report" / "report.md").read_text()
+    assert script("evaluation.py", out).returncode == 0 and script("evaluation.py", out, "--policy", out / "ppo", "--device", "cpu").returncode == 0
+    refused(script("run.py", "--preset", "ziegler", "--out", tmp_path / "b", *args, "--ppo.stop_token", ""), "ppo.stop_token", "ziegler")
+    refused(script("run.py", "--preset", "ziegler", "--out", tmp_path / "b", *args, "--data.task", "poetry"), "data.task")
 
 
 def test_choices_as_in_instructgpt_go_through_every_stage(tmp_path):

@@ -694,6 +694,13 @@ def test_no_switch_is_dead(weights_of, others, switch):
     assert any(not torch.equal(a[name], b[name]) for a, b in zip(before, after) for name in a)
 
 
+def test_gradients_are_not_clipped_at_0(weights_of):
+    """Catches a bound of 0 taken at its word, which would stop all training."""
+    free, wide = weights_of(max_grad_norm=0.), weights_of(max_grad_norm=1e9)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(free, wide) for name in a)
+    assert any(not torch.equal(a[name], b[name]) for a, b in zip(free, weights_of(max_grad_norm=.01)) for name in a)
+
+
 def test_every_setting_has_its_switch_test():
     flipped = {name for _, switch in SWITCHES for name in switch}
     assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch", "micro", "recompute"}
@@ -792,7 +799,7 @@ def test_what_is_saved_as_the_policy(enc, run_folder, tmp_path, value, ema, monk
 
 def test_stop_token_is_one_token(enc, run_folder, tmp_path):
     """Catches a stop text that the vocabulary cannot say in one token, and a window that no response reaches."""
-    assert stop_rule(enc, "", 0, 8) == (enc.n_vocab - 1, 0) and stop_rule(enc, ".", 3, 8) == (*enc.encode_ordinary("."), 3)
+    assert stop_rule(enc, "", 0, 8) == (enc.n_vocab - 1, 0) and enc.decode([stop_rule(enc, ".", 3, 8)[0]]) == "."
     with pytest.raises(DataError, match="stop_token"):
         stop_rule(enc, "purple banana", 0, 8)
     with pytest.raises(DataError, match="truncate_after"):

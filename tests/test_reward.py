@@ -271,6 +271,18 @@ def test_a_choice_of_the_best_is_its_pairs(enc, monkeypatch):
     assert asked(enc, ["", ""], "best_of", monkeypatch)[0] == asked(enc, ["a", "a"], "rank", monkeypatch)[0] == []  # nothing to choose
 
 
+def test_samples_without_an_end_are_not_shown(enc, monkeypatch):
+    """Catches labels on what PPO never scores, and samples that did end taken away."""
+    dot, said = enc.encode_ordinary(".")[0], {}
+    monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [enc.encode_ordinary(" " + t) for t in ("a.", "aa", "aaa aaa.", "good good.")])
+    post = comparison("one", "", "", 0)["info"] | {"summary": "bad", "facts": {}, "task": "sentiment"}
+    for stop in ((dot, 0), (dot, 2), None):
+        rows = collect(enc, [post], [("p", None, 1., 4)], Reader(), 9, 80, 20, None, random.Random(0), "train", "best_of", stop)
+        said[stop] = sorted(r["summaries"][k]["text"].strip() for r in rows for k in (r["choice"], 1 - r["choice"]))
+        assert all(r["info"]["task"] == "sentiment" for r in rows)
+    assert said[dot, 0] == ["a.", "aaa aaa.", "aaa aaa.", "good good."] and said[dot, 2] == ["aaa aaa.", "good good."] and len(said[None]) == 6
+
+
 UNEVEN = [{"query": [1, 2, 3], "responses": [[4, 10], [5, 6, 10], [7, 10]], "pairs": [(1, 0), (1, 2)]},
           {"query": [4], "responses": [[3, 10], [2, 10]], "pairs": [(0, 1)]}]
 

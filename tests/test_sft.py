@@ -206,6 +206,17 @@ def test_no_switch_is_dead(g, tmp_path, monkeypatch, switch):
     assert not torch.equal(*results)
 
 
+def test_no_epoch_leaves_the_model_as_it_is(g, tmp_path):
+    """Catches a preset without SFT that starts from another model than the language model."""
+    rows, model = random_rows(g, n=5), tiny_model()
+    loss = train_lm(model, rows, rows, SFTSettings(epochs=0), str(tmp_path), 0)
+    kept = GPT.from_pretrained(str(tmp_path))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*(m.parameters() for m in (tiny_model(), model, kept))))
+    assert loss == sft.evaluate_lm(tiny_model(), *rows) and [row["step"] for row in sft.read_metrics(tmp_path)] == [0]
+    with pytest.raises(DataError, match="nothing to choose"):
+        SFTSettings(epochs=0, choose="loss").validate()
+
+
 def test_micro_batches_and_recomputing_change_no_gradient(g):
     """Catches parts of a batch that count by their rows and not by their weighted tokens, and blocks recomputed differently."""
     queries, responses = random_rows(g, n=7, query=(3, 9), response=(1, 7))
