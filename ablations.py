@@ -44,22 +44,22 @@ ADAPTIVE = {"ppo.kl": "adaptive", "ppo.batch": 8, "ppo.iterations": 96, "ppo.min
             "ppo.kl_horizon": 8}  # as many episodes as tiny's, and a horizon of 1 % of them
 
 ABLATIONS = [
-    Ablation("value-network", "Stiennon 2020 G.1", "a value network apart from the policy reaches a clearly higher reward than a shared trunk",
+    Ablation("value-network", "Stiennon 2020 G.1", "a value network of its own reaches a clearly higher reward than a shared one",
              [{"ppo.value": "shared"}]),
-    Ablation("value-start", "Stiennon 2020 §3.4, G.1", "the value network begins as the reward model; that protects the policy early in training",
+    Ablation("value-start", "Stiennon 2020 §3.4, G.1", "a network of its own lets the value function begin as the reward model",
              [{"ppo.value": "scratch"}]),
     Ablation("kl-coefficient", "Stiennon 2020 §4.3, InstructGPT 2022 appendix E",
              "light optimisation helps, too much makes summaries worse; 0 and 2 are both bad, 0.01 to 0.02 is best",
              [{"ppo.beta": beta} for beta in (0.0, 0.01, 0.02, 0.1, 0.2, 0.4)]),
-    Ablation("reward-whitening", "Ziegler 2019, code", "on for the style tasks, off for summaries; a later reproduction found shorter summaries that "
-             "win less often with it", [{"ppo.whiten_rewards": True}]),
-    Ablation("ptx", "InstructGPT 2022 §4.2, C.4", "mixing in the pretraining loss takes back what PPO loses on other text; raising β does not",
+    Ablation("reward-whitening", "Ziegler 2019, code", "on for the style tasks; a later reproduction found shorter summaries and fewer wins with it",
+             [{"ppo.whiten_rewards": True}]),
+    Ablation("ptx", "InstructGPT 2022 §4.2, C.4", "the pretraining loss takes back what PPO loses on other text; raising β does not",
              [PTX, {**PTX, "ppo.ptx_coef": 4.0}, {"ppo.beta": 0.2}, {"ppo.beta": 0.4}], "pretraining"),
     Ablation("adaptive-kl", "Ziegler 2019 §2.2", "a proportional controller holds the KL at its target",
              [{**ADAPTIVE, "ppo.kl_target": target} for target in (3.0, 5.0)], "kl"),
     Ablation("exact-kl", "none: the papers sample the KL", "the exact KL of each state has less noise than that of one sample",
              [{"ppo.kl_reward": "exact"}]),
-    Ablation("shuffled-pairs", "InstructGPT 2022 §3.5", "comparisons shuffled over the data set overfit in one pass; a prompt's in one step do not",
+    Ablation("shuffled-pairs", "InstructGPT 2022 §3.5", "shuffled comparisons overfit in one pass; all of a prompt's in one step do not",
              [{"reward.epochs": 2}, {"reward.epochs": 4}, *({"reward.group": False, "reward.epochs": n} for n in (1, 2, 4))], "reward"),
     Ablation("sft-epochs", "InstructGPT 2022 §3.5, C.1", "held-out loss turns up after one epoch; the reward model's score and people's "
              "ratings rise for longer", [{"sft.epochs": 16, "sft.dropout": 0.2, "sft.choose": "reward"}], "sft"),
@@ -181,10 +181,10 @@ def plan(ablations, seeds, out, quick):
 
 CAPTION = """# Ablations
 
-Gold win rate, in percent: how often the gold judge prefers the policy's greedy summary of a held-out post to the author's (ties count one half), mean over
-seeds ± standard deviation over seeds. Arms of one seed share the posts and all that their settings leave the same. "minus default" is the mean difference over
-posts, paired by post, "from" and "to" its 95 % bootstrap interval over the posts: it holds for these very policies; what training again would change
-shows in "difference by seed". KL: nats per response from SFT, one sample per post. n: posts of all seeds."""
+Gold win rate, in percent: how often the gold judge prefers the policy's greedy summary of a held-out post to the author's (ties count
+one half). ± is the standard deviation over seeds. Arms of one seed share the posts and all that their settings leave the same: "minus
+default" is the mean difference over posts, paired by post, "from" and "to" its 95 % bootstrap interval over posts. That interval holds
+for these very policies; what training again would change shows in "difference by seed". KL: nats per response from SFT. n: posts of all seeds."""
 
 
 def measure_arm(folder, policy, more, device):
@@ -201,13 +201,15 @@ def summarise(arm, default):
     Rates and their differences are in percent; "sd" is the standard deviation over seeds. The difference to the default is a mean over
     posts, paired by post, with its 95 % bootstrap interval over posts."""
     def over_seeds(key, values):
-        return {key: np.mean(values, 0).tolist(), key + " sd": np.std(values, ddof=1).item() if np.ndim(values) == 1 < len(values) else None}
+        spread = np.std(values, ddof=1).item() if np.ndim(values) == 1 and len(values) > 1 else None
+        return {key: np.mean(values, 0).tolist(), key + " sd": spread}
     seeds = sorted(set(arm) & set(default))
     rates = [100 * float(np.mean(arm[s]["wins"])) for s in seeds]
     paired = [100 * np.subtract(arm[s]["wins"], default[s]["wins"]) for s in seeds]
     low, high = bootstrap_ci(np.concatenate(paired))
     row = {"seeds": seeds, "n": sum(map(len, paired)), **over_seeds("gold win rate", rates), "by seed": rates,
-           "minus default": float(np.mean(np.concatenate(paired))), "from": low, "to": high, "difference by seed": [float(np.mean(d)) for d in paired]}
+           "minus default": float(np.mean(np.concatenate(paired))), "from": low, "to": high,
+           "difference by seed": [float(np.mean(d)) for d in paired]}
     for key in arm[seeds[0]]:
         row |= over_seeds(key, [arm[s][key] for s in seeds]) if key != "wins" else {}
     return row
@@ -215,12 +217,13 @@ def summarise(arm, default):
 
 def table(out, ablation, quick, device):
     """{arm: summarise()'s row} of all that is finished under `out`: SFT before PPO, the default, the arms. Empty where no arm is."""
-    seeds = [int(found[1]) for name in os.listdir(out) if (found := re.fullmatch(r".+-seed(\d+)", name))]
+    seeds = {int(found[1]) for name in os.listdir(out) if (found := re.fullmatch(r".+-seed(\d+)", name))}
     measured = {}
     for name, changes, policy in [("SFT", {}, "sft"), ("default", {}, "ppo"), *((label(c), c, "ppo") for c in ablation.arms)]:
         start, settings = arm_settings(ablation, changes, quick)
         folders = {seed: os.path.join(out, f"{start}-seed{seed}", label(changes)) for seed in seeds}
-        measured[name] = {seed: measure_arm(folder, policy, ablation.more, device) for seed, folder in folders.items() if finished(folder, settings)}
+        folders = {seed: folder for seed, folder in folders.items() if finished(folder, settings)}
+        measured[name] = {seed: measure_arm(folder, policy, ablation.more, device) for seed, folder in folders.items()}
     rows = {name: summarise(arm, measured["default"]) for name, arm in measured.items() if set(arm) & set(measured["default"])}
     return rows if len(rows) > 2 else {}
 
@@ -264,7 +267,7 @@ def main(argv):
     parser.add_argument("names", nargs="*", metavar="NAME", help="ablations to run (default all)")
     parser.add_argument("--seeds", default="1,2,3", help="seeds, with commas between them (default 1,2,3)")
     parser.add_argument("--out", help="folder of the runs and tables (default out/ablations, with --quick out/ablations-quick)")
-    parser.add_argument("--quick", action="store_true", help="the test preset and a few steps: does everything run? The numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="the test preset and a few steps: does it run? Its numbers mean nothing")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
