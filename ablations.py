@@ -54,7 +54,7 @@ ABLATIONS = [
     Ablation("reward-whitening", "Ziegler 2019, code", "on for the style tasks; a later reproduction found shorter summaries and fewer wins with it",
              [{"ppo.whiten_rewards": True}]),
     Ablation("ptx", "InstructGPT 2022 §4.2, C.4", "the pretraining loss takes back what PPO loses on other text; raising β does not",
-             [PTX, {**PTX, "ppo.ptx_coef": 4.0}, {"ppo.beta": 0.2}, {"ppo.beta": 0.4}], "pretraining"),
+             [{**PTX, "ppo.ptx_coef": 0.25}, PTX, {"ppo.beta": 0.2}, {"ppo.beta": 0.4}], "pretraining"),
     Ablation("adaptive-kl", "Ziegler 2019 §2.2", "a proportional controller holds the KL at its target",
              [{**ADAPTIVE, "ppo.kl_target": target} for target in (3.0, 5.0)], "kl"),
     Ablation("exact-kl", "none: the papers sample the KL", "the exact KL of each state has less noise than that of one sample",

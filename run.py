@@ -332,11 +332,12 @@ def same_stages(base, old, new):
 
 
 def same_but_policy(base, config):
-    """Whether a run differs from the finished one in `base` in how PPO trains, no more: then all others' samples are in base already."""
+    """Whether a run differs from the finished one in `base` in how PPO trains, no more: all other policies' samples are there already."""
     old = open_run(base).config
     as_base = {**config, "settings": {**config["settings"], "ppo": old["settings"]["ppo"]}}
     sampling = [[c["settings"]["ppo"][key] for key in ("temperature", "stop_token", "truncate_after")] for c in (old, config)]
-    return sampling[0] == sampling[1] and "evaluation" in same_stages(base, old, as_base)
+    return (sampling[0] == sampling[1] and "reward" in same_stages(base, old, config)
+            and "evaluation" in same_stages(base, old, as_base))
 
 
 def share_stages(base, folder, config):

@@ -117,6 +117,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("sft", "query_weight * (len(q) - 1) for q, r in zip(*part)", "query_weight * len(q) for q, r in zip(*part)",
      "evaluate_lm_is_a_mean_over_all_response_tokens"),
     ("run", "sampling[0] == sampling[1] and ", "", "pipeline::which_stages_a_base_shares"),
+    ("run", '"reward" in same_stages(base, old, config)', "True", "pipeline::which_stages_a_base_shares"),
     ("ablations", "np.logaddexp(0, -margin)", "np.logaddexp(0, margin)", "reward_fit_by_hand"),
     ("ablations", "rows[-max(1, len(rows) // 5):]", "rows[:max(1, len(rows) // 5)]", "steered_kl_by_hand"),
     ("ablations", 'kl / s["kl_target"]', 's["kl_target"] / kl', "steered_kl_by_hand"),
