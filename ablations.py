@@ -246,7 +246,7 @@ def write_tables(out, shown, quick, device):
                           for key in columns] for name, row in rows.items()]
         page += ["", f"## {a.name}", "", f"{a.source}: {a.found}.", ""]
         page += ["| " + " | ".join(line) + " |" for line in [["arm"] + columns, ["---"] * (1 + len(columns)), *body]]
-        lines += [{"ablation": a.name, "arm": name} | {key: text(value, "") for key, value in row.items()} for name, row in rows.items()]
+        lines += [{"ablation": a.name, "arm": name} | {key: text(row[key], "") for key in row if row[key] is not None} for name, row in rows.items()]
         if a.name in shown:
             print(f"\n{a.name} ({a.source}: {a.found})")
             print_table(["arm"] + columns, body)
