@@ -51,7 +51,7 @@ ABLATIONS = [
     Ablation("kl-coefficient", "Stiennon 2020 §4.3, InstructGPT 2022 appendix E",
              "light optimisation helps, too much makes summaries worse; 0 and 2 are both bad, 0.01 to 0.02 is best",
              [{"ppo.beta": beta} for beta in (0.0, 0.01, 0.02, 0.1, 0.2, 0.4)]),
-    Ablation("reward-whitening", "Ziegler 2019, code", "on for the style tasks; a later reproduction found shorter summaries and fewer wins with it",
+    Ablation("reward-whitening", "Ziegler 2019, code", "on for the style tasks; a reproduction found shorter summaries and fewer wins",
              [{"ppo.whiten_rewards": True}]),
     Ablation("ptx", "InstructGPT 2022 §4.2, C.4", "the pretraining loss takes back what PPO loses on other text; raising β does not",
              [{**PTX, "ppo.ptx_coef": 0.25}, PTX, {"ppo.beta": 0.2}, {"ppo.beta": 0.4}], "pretraining"),
@@ -184,7 +184,8 @@ CAPTION = """# Ablations
 Gold win rate, in percent: how often the gold judge prefers the policy's greedy summary of a held-out post to the author's (ties count
 one half). ± is the standard deviation over seeds. Arms of one seed share the posts and all that their settings leave the same: "minus
 default" is the mean difference over posts, paired by post, "from" and "to" its 95 % bootstrap interval over posts. That interval holds
-for these very policies; what training again would change shows in "difference by seed". KL: nats per response from SFT. n: posts of all seeds."""
+for these very policies; what training again would change shows in "difference by seed". KL: nats per response from SFT. n: posts in
+all."""
 
 
 def measure_arm(folder, policy, more, device):
@@ -246,7 +247,8 @@ def write_tables(out, shown, quick, device):
                           for key in columns] for name, row in rows.items()]
         page += ["", f"## {a.name}", "", f"{a.source}: {a.found}.", ""]
         page += ["| " + " | ".join(line) + " |" for line in [["arm"] + columns, ["---"] * (1 + len(columns)), *body]]
-        lines += [{"ablation": a.name, "arm": name} | {key: text(row[key], "") for key in row if row[key] is not None} for name, row in rows.items()]
+        lines += [{"ablation": a.name, "arm": name} | {key: text(row[key], "") for key in row if row[key] is not None}
+                  for name, row in rows.items()]
         if a.name in shown:
             print(f"\n{a.name} ({a.source}: {a.found})")
             print_table(["arm"] + columns, body)
