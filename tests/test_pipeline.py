@@ -386,6 +386,16 @@ def test_a_base_gives_the_stages_whose_settings_are_the_same(finished, tmp_path)
         assert a == b and mine["text"] == decode_response(r.enc, ids) and mine["kl"] != theirs["kl"]
 
 
+def test_an_interrupted_copy_from_a_base_goes_on(finished, tmp_path):
+    """Catches a half-copied folder that stops every later command, and one that counts as whole."""
+    out, config = str(finished[0]), json.loads((finished[0] / "config.json").read_text())
+    (tmp_path / "sft.part").mkdir()
+    (tmp_path / "sft.part" / "model.safetensors").write_bytes(b"half")
+    run.share_stages(out, str(tmp_path), config)
+    assert (tmp_path / "sft" / "model.safetensors").read_bytes() == (finished[0] / "sft" / "model.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.rglob("state.pt")) and list(finished[0].rglob("state.pt"))
+
+
 def test_which_stages_a_base_shares(finished, monkeypatch):
     out, _ = finished
     old = json.loads((out / "config.json").read_text())
