@@ -476,8 +476,8 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
 
 
 def judge_policy(folder, policy_folder, device):
-    """The run's table with another policy in PPO's row: sampled, scored and judged on the run's held-out posts."""
-    run, device = open_run(folder), pick_device(device)
+    """The run's rows, as sample_policies gave them, with another policy in PPO's place: only that one is sampled and scored."""
+    run = open_run(folder)
     samples, temperature = read_samples(folder), run.config["settings"]["ppo"]["temperature"]
     policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
@@ -485,8 +485,7 @@ def judge_policy(folder, policy_folder, device):
     responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop, samples[0]["post"].get("task") not in world.STYLES)
     for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
-    print(f"the row of PPO is the policy in {policy_folder}")
-    print_table(*table_rows(measure_policies(samples)))
+    return samples
 
 
 def main():
@@ -498,7 +497,9 @@ def main():
     if args.policy is None:
         write_report(args.run)
     else:
-        judge_policy(args.run, args.policy, args.device)
+        rows = judge_policy(args.run, args.policy, pick_device(args.device))
+        print(f"the row of PPO is the policy in {args.policy}")
+        print_table(*table_rows(measure_policies(rows)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Stages run in order and leave their results in the run's folder. The same comman
 made with other settings is refused.
 """
 import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -130,10 +131,10 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
 }
 
 
-def preset(name):
-    """A fresh Settings of that preset, validated."""
+def preset(name, changes={}):
+    """A fresh Settings of that preset, with {stage.setting: value} changed, validated."""
     settings = Settings()
-    for key, value in PRESETS[name].items():
+    for key, value in {**PRESETS[name], **changes}.items():
         stage, setting = key.split(".")
         setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
     for part in vars(settings).values():
@@ -360,10 +361,13 @@ def stage_ppo(run):
 
 def stage_evaluation(run):
     """Summaries of held-out posts by every policy."""
-    models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
-    rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
-                                      run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
-                                      torch.Generator().manual_seed(run.seed), run.stop)
+    if run.config.get("base") is not None and same_but_policy(run.config["base"], run.config):
+        rows = evaluation.judge_policy(run.config["base"], path(run, "ppo"), run.device)
+    else:
+        models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
+        rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
+                                          run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
+                                          torch.Generator().manual_seed(run.seed), run.stop)
     os.makedirs(path(run, "evaluation"), exist_ok=True)
     save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
 
@@ -432,13 +436,25 @@ def same_stages(base, old, new):
     return names
 
 
+def same_but_policy(base, config):
+    """Whether a run differs from the finished one in `base` in how PPO trains, no more: all other policies' samples are there already."""
+    old = open_run(base).config
+    as_base = {**config, "settings": {**config["settings"], "ppo": old["settings"]["ppo"]}}
+    sampling = [[c["settings"]["ppo"][key] for key in ("temperature", "stop_token", "truncate_after")] for c in (old, config)]
+    return (sampling[0] == sampling[1] and "reward" in same_stages(base, old, config)
+            and "evaluation" in same_stages(base, old, as_base))
+
+
 def share_stages(base, folder, config):
     """Copy from an earlier run what would come out the same. -> names of the stages"""
     names = same_stages(base, open_run(base).config, config)
     for part in (part for name in names for part in SHARED[name]):
         source, target = os.path.join(base, part), os.path.join(folder, part)
         if os.path.exists(source) and not os.path.exists(target):
-            (shutil.copytree if os.path.isdir(source) else shutil.copy2)(source, target + ".part")
+            if os.path.isdir(source):  # a finished stage needs no state; an interrupted copy goes on
+                shutil.copytree(source, target + ".part", ignore=shutil.ignore_patterns("state.pt"), dirs_exist_ok=True)
+            else:
+                shutil.copy2(source, target + ".part")
             os.replace(target + ".part", target)
     print(f"from {base}: {', '.join(names) or 'nothing, the settings of its first stage differ'}")
     return names
@@ -510,7 +526,12 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
     evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
+COMMANDS = {"ablations": "ablations"}  # python run.py COMMAND: the module whose main(argv) it is
+
+
 def main():
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")

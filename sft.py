@@ -382,12 +382,13 @@ def backward_rows(model, queries, responses, query_weight, micro=0, scale=1.0):
 
 
 @torch.no_grad()
-def evaluate_lm(model, queries, responses, batch=64):
-    """Mean of -log π per response token, in nats."""
+def evaluate_lm(model, queries, responses, query_weight=0.0, batch=64):
+    """Mean of -log π per token, in nats; a response token counts 1, a query token query_weight."""
     total, count = 0.0, 0
     for i in range(0, len(queries), batch):
-        n = sum(map(len, responses[i:i + batch]))
-        total += n * row_loss(model, queries[i:i + batch], responses[i:i + batch], 0.0).item()
+        part = queries[i:i + batch], responses[i:i + batch]
+        n = sum(len(r) + query_weight * (len(q) - 1) for q, r in zip(*part))
+        total += n * row_loss(model, *part, query_weight).item()
         count += n
     return total / count
 

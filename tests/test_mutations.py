@@ -135,6 +135,18 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("ppo", "[policy] if value_model is policy else [policy, value_model]", "[policy]", "value_model_is_trained"),
     ("ppo", "controller.update(k1, len(rows))", "controller.update(k1, 1)", "adaptive_kl_steers_the_next_rollout"),
     ("ppo", "final = average if s.ema else policy", "final = policy", "what_is_saved_as_the_policy"),
+    # the ablations' table
+    ("sft", "query_weight * (len(q) - 1) for q, r in zip(*part)", "query_weight * len(q) for q, r in zip(*part)",
+     "evaluate_lm_is_a_mean_over_all_response_tokens"),
+    ("run", "sampling[0] == sampling[1] and ", "", "pipeline::which_stages_a_base_shares"),
+    ("run", '"reward" in same_stages(base, old, config)', "True", "pipeline::which_stages_a_base_shares"),
+    ("ablations", "np.logaddexp(0, -margin)", "np.logaddexp(0, margin)", "reward_fit_by_hand"),
+    ("ablations", "rows[-max(1, len(rows) // 5):]", "rows[:max(1, len(rows) // 5)]", "steered_kl_by_hand"),
+    ("ablations", 'kl / s["kl_target"]', 's["kl_target"] / kl', "steered_kl_by_hand"),
+    ("ablations", 'np.subtract(arm[s]["wins"], default[s]["wins"])', 'np.subtract(default[s]["wins"], arm[s]["wins"])', "summarise_by_hand"),
+    ("ablations", 'bootstrap_ci(np.concatenate(paired))', 'bootstrap_ci(np.concatenate([100 * np.array(arm[s]["wins"]) for s in seeds]))',
+     "summarise_by_hand a_pair_is_worth_more_than_two_samples"),
+    ("ablations", "ddof=1", "ddof=0", "summarise_by_hand"),
 ]
 
 

@@ -13,7 +13,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import run
-from data import DataError, encode_query
+from data import DataError, decode_response, encode_query
 from reward import CollectSettings, sample_responses, score_groups, split_comparisons
 from sft import load_model, open_run
 
@@ -439,9 +439,27 @@ def test_a_base_gives_the_stages_whose_settings_are_the_same(finished, tmp_path)
         assert (files[0] == files[1]) == (name != "ppo"), name
     refused(script("run.py", "--preset", "test", "--base", tmp_path / "no", "--out", tmp_path / "c"), "is not the folder of a run")
     assert not (tmp_path / "c").exists()
+    # only the policy differs: its row is new and belongs to it, the others are the base's
+    base, new = ([json.loads(line) for line in (folder / "evaluation" / "samples.jsonl").open()] for folder in (out, tmp_path / "b"))
+    from sft import open_run
+    r, policy = open_run(str(out)), load_model(str(tmp_path / "b" / "ppo"), "cpu")
+    own = sample_responses(policy, [encode_query(r.enc, row["post"], r.Q) for row in new], r.R, 0, None)
+    for a, b, ids in zip(base, new, own):
+        mine, theirs = b["policies"].pop("ppo"), a["policies"].pop("ppo")
+        assert a == b and mine["text"] == decode_response(r.enc, ids) and mine["kl"] != theirs["kl"]
 
 
-def test_which_stages_a_base_shares(finished):
+def test_an_interrupted_copy_from_a_base_goes_on(finished, tmp_path):
+    """Catches a half-copied folder that stops every later command, and one that counts as whole."""
+    out, config = str(finished[0]), json.loads((finished[0] / "config.json").read_text())
+    (tmp_path / "sft.part").mkdir()
+    (tmp_path / "sft.part" / "model.safetensors").write_bytes(b"half")
+    run.share_stages(out, str(tmp_path), config)
+    assert (tmp_path / "sft" / "model.safetensors").read_bytes() == (finished[0] / "sft" / "model.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.rglob("state.pt")) and list(finished[0].rglob("state.pt"))
+
+
+def test_which_stages_a_base_shares(finished, monkeypatch):
     out, _ = finished
     old = json.loads((out / "config.json").read_text())
 
@@ -464,6 +482,14 @@ def test_which_stages_a_base_shares(finished):
     chosen["settings"]["sft"]["choose"] = "reward"  # then the SFT model depends on the reward model
     other = json.loads(json.dumps(chosen))
     other["settings"]["reward"]["lr"] = 1.0
+    # all other policies' samples are the base's while nothing before PPO differs, nor how everything is sampled
+    alike = lambda **changes: run.same_but_policy(str(out), {**old, "seed": changes.pop("seed", old["seed"]), "settings": {
+        part: s | {k.split("__")[1]: v for k, v in changes.items() if k.split("__")[0] == part} for part, s in old["settings"].items()}})
+    assert alike() and alike(ppo__beta=1.0) and alike(ppo__lr=1.0, ppo__value="shared")
+    assert not any((alike(reward__lr=1.0), alike(evaluation__best_of=3), alike(ppo__temperature=1.0), alike(ppo__stop_token="."),
+                    alike(ppo__truncate_after=3), alike(seed=9)))
+    monkeypatch.setattr(run, "open_run", lambda _: SimpleNamespace(config=chosen))
+    assert alike(sft__choose="reward") and not alike(sft__choose="reward", ppo__beta=1.0)  # PPO's settings had a say in the SFT model
     assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
 
 

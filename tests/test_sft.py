@@ -44,6 +44,9 @@ def test_evaluate_lm_is_a_mean_over_all_response_tokens(g):
     model, (queries, responses) = tiny_model(), random_rows(g)
     every = [nats(model, q + r, i) for q, r in zip(queries, responses) for i in range(len(q), len(q) + len(r))]
     assert evaluate_lm(model, queries, responses, batch=2) == pytest.approx(sum(every) / len(every), abs=1e-5)
+    of_queries = [nats(model, q, i) for q in queries for i in range(1, len(q))]  # nothing predicts a query's first token
+    weighted = (sum(every) + 0.3 * sum(of_queries)) / (len(every) + 0.3 * len(of_queries))
+    assert evaluate_lm(model, queries, responses, 0.3, batch=2) == pytest.approx(weighted, abs=1e-5) != pytest.approx(sum(every) / len(every))
 
 
 def test_cosine():
