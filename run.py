@@ -422,8 +422,11 @@ def same_stages(base, old, new):
     if sizes[0] != sizes[1] or any(a.get(part) != b[part] or old.get(file) != new[file] for part in ("model", "data")
                                    for file in ("posts", "comparisons")):
         return []
-    if b["collect"]["rounds"] > 1:  # these labels are on policies that PPO made
-        a = a if all(a.get(part) == b[part] for part in ("collect", "reward", "ppo")) else {**a, "collect": None}
+    differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
+    if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]):
+        a = {**a, "collect": None}  # what is labelled ends by this rule, and in later rounds PPO made it
+    if b["reward"]["normalise"] == "gain_bias" and "temperature" in differ:
+        a = {**a, "reward": None}
     if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
         a = a if all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo")) else {**a, "sft": None}
     names = []

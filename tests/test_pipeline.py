@@ -478,6 +478,12 @@ def test_which_stages_a_base_shares(finished, monkeypatch):
     assert shared(pretrain__lr=1.0) == names[:1] and shared(sft__lr=1.0) == names[:2] and shared(collect__noise=2.0) == names[:3]
     assert shared(reward__lr=1.0) == names[:4] and shared(ppo__beta=1.0) == names[:5] and shared(evaluation__best_of=3) == names[:6]
     assert run.same_stages(out, {**old, "posts": "other.jsonl"}, old) == []
+    assert shared(ppo__stop_token=".") == shared(ppo__truncate_after=3) == names[:3] and shared(ppo__temperature=1.0) == names[:5]
+    scaled = json.loads(json.dumps(old))
+    scaled["settings"]["reward"]["normalise"] = "gain_bias"  # on samples, which depend on the temperature
+    other = json.loads(json.dumps(scaled))
+    other["settings"]["ppo"]["temperature"] = 1.0
+    assert run.same_stages(out, scaled, scaled) == names and run.same_stages(out, scaled, other) == names[:4]
     chosen = json.loads(json.dumps(old))
     chosen["settings"]["sft"]["choose"] = "reward"  # then the SFT model depends on the reward model
     other = json.loads(json.dumps(chosen))
