@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from data import DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
+from data import EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
 from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main, sample,
                  save_state, set_lr)
 
@@ -160,14 +160,14 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
     policies: list of (name, model, temperature, samples per post); with labels = "pairs" the author's reference takes part too.
     A ranking or a choice of the best is written as the pairs that it implies, in the same format: whatever reads comparisons reads
     them, and nothing is lost, since the rank of a summary is the number of comparisons that it lost (see ranks_of). So a post is
-    ranked once; ties have no row. Where a response ends otherwise than with EOS, samples without an end are not shown, as
-    in Ziegler's collection, whose own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
+    ranked once; ties have no row. Of a task whose texts go on, samples without an end are not shown, as in Ziegler's
+    collection, whose own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
     queries = [encode_query(enc, post, Q) for post in posts]
     texts = [[("ref", post["summary"])] for post in posts]
     for name, model, temperature, n in policies:
         samples = sample_responses(model, queries, R, temperature, generator, n, stop=stop)
         for i, ids in enumerate(samples):
-            if stop is None or stop[0] == enc.n_vocab - 1 or ids[-1] == stop[0] and len(ids) > stop[1]:
+            if TASKS[posts[i // n].get("task", "tldr")].stop == EOS or ids[-1] == stop[0] and len(ids) > stop[1]:
                 texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
     for post, candidates in zip(posts, texts):

@@ -276,10 +276,11 @@ def test_samples_without_an_end_are_not_shown(enc, monkeypatch):
     dot, said = enc.encode_ordinary(".")[0], {}
     monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [enc.encode_ordinary(" " + t) for t in ("a.", "aa", "aaa aaa.", "good good.")])
     post = comparison("one", "", "", 0)["info"] | {"summary": "bad", "facts": {}, "task": "sentiment"}
-    for stop in ((dot, 0), (dot, 2), None):
+    for stop, task in (((dot, 0), "sentiment"), ((dot, 2), "sentiment"), (None, "tldr")):
+        post["task"] = task
         rows = collect(enc, [post], [("p", None, 1., 4)], Reader(), 9, 80, 20, None, random.Random(0), "train", "best_of", stop)
         said[stop] = sorted(r["summaries"][k]["text"].strip() for r in rows for k in (r["choice"], 1 - r["choice"]))
-        assert all(r["info"]["task"] == "sentiment" for r in rows)
+        assert all(r["info"]["task"] == task for r in rows)
     assert said[dot, 0] == ["a.", "aaa aaa.", "aaa aaa.", "good good."] and said[dot, 2] == ["aaa aaa.", "good good."] and len(said[None]) == 6
 
 

@@ -184,7 +184,7 @@ def stories():
     """Stories with their own continuation cut to two or three sentences, which is about what 24 tokens hold."""
     def cut(p, i):
         return {**p, "summary": ".".join(p["summary"].split(".")[:2 + i % 2]) + "."}
-    return [cut(p, i) for i, p in enumerate(world.make_posts(600, 0, "test", task="sentiment"))]
+    return [cut(p, i) for i, p in enumerate(world.make_posts(300, 0, "test", task="sentiment"))]
 
 
 def of(task, stories):
@@ -262,9 +262,9 @@ def test_judge_reads_every_sentence_of_a_story():
 def test_stories_keep_their_mood_and_their_eye():
     """Catches a continuation drawn apart from its beginning: then nothing of either style could be told from the query."""
     for task in world.STYLES:
-        made = world.make_posts(1500, 4, "x", task=task)
+        made = world.make_posts(700, 4, "x", task=task)
         begins, goes_on = ([world.utility({**p, "post": ""}, p[part]) for p in made] for part in ("post", "summary"))
-        assert np.corrcoef(begins, goes_on)[0, 1] > .2
+        assert np.corrcoef(begins, goes_on)[0, 1] > .1  # of stories drawn apart it is 0 ± .04
     a, b = (world.make_posts(50, 1, split, task="sentiment") for split in "xy")
     assert a == world.make_posts(50, 1, "x", task="sentiment") and not {p["post"] for p in a} & {p["post"] for p in b}
     assert all(world.in_task(p) for p in a)
@@ -277,10 +277,10 @@ def test_labelers_of_a_style(stories, task):
     fresh = [p for p in made if world.utility(p, best(p)) == 3]  # nothing of it stands in the story
     less = lambda p: " ".join(best(p).split(".")[i].strip() + "." for i in (0, 1)) + " nobody at the {place} said a word.".format(**p["facts"])
     fresh = [p for p in fresh if world.utility(p, less(p)) == 2]
-    assert agreement(world.Labeler(task, noise=1.0, spread=0.0), fresh, best, less, 4000) == pytest.approx(0.731, abs=0.025)
-    assert agreement(world.Labeler(task, noise=.01), fresh, best, less) == 1
-    assert agreement(world.Labeler(task, noise=.01, flipped=True), fresh, best, less) == 0
-    assert agreement(world.Labeler(task, noise=.1, copy_bias=20.), fresh, lambda p: p["post"], best) > .95
+    assert agreement(world.Labeler(task, noise=1.0, spread=0.0), fresh, best, less, 2000) == pytest.approx(0.731, abs=0.035)
+    assert agreement(world.Labeler(task, noise=.01), fresh, best, less, 200) == 1
+    assert agreement(world.Labeler(task, noise=.01, flipped=True), fresh, best, less, 200) == 0
+    assert agreement(world.Labeler(task, noise=.1, copy_bias=20.), fresh, lambda p: p["post"], best, 200) > .95
     people = world.Labeler(task, seed=3)
     assert set(people.weights[0]) == set(world.STYLES[task]) and people.weights[0] != people.weights[1]
     four = [best(fresh[0]), less(fresh[0]), "", "purple banana"]
