@@ -126,6 +126,20 @@ def sentence_novelty(summary, source):
     return sum(s not in flat(source) for s in sentences) / max(1, len(sentences))
 
 
+def rouge(summaries, references):
+    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)} of as many summaries as references, by rouge-score.
+
+    Lower case, Porter's stemmer, letters a to z and digits only, as this field reports it (ROUGE-1.5.5 -m). rougeL takes the whole text
+    for one sentence: our highlights are joined by blanks, and then the summary-level rougeLsum is the same number."""
+    from rouge_score.rouge_scorer import RougeScorer  # nltk comes with it: slow to import, and not every run has use for it
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    pairs = tqdm(list(zip(summaries, references, strict=True)), desc="ROUGE", unit="text", leave=False, delay=2)
+    scores = [scorer.score(reference, summary) for summary, reference in pairs]
+    values = {name: [s[name].fmeasure for s in scores] for name in names}
+    return {name: (float(np.mean(f)), bootstrap_ci(f)) for name, f in values.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the reward model against held-out comparisons
 

@@ -10,7 +10,7 @@ from conftest import random_rows, tiny_model
 import world
 from data import pad_rows
 from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, lead3, length_controlled_win_rate,
-                        measure_policies, measure_reward, reward_margins, sampled_kl, sentence_novelty, wins)
+                        measure_policies, measure_reward, reward_margins, rouge, sampled_kl, sentence_novelty, wins)
 from reward import group_by_post
 
 
@@ -134,6 +134,26 @@ def test_sentence_novelty_and_lead3_by_hand():
     assert sentence_novelty(source, source) == 0 and sentence_novelty("Something else.", source) == 1
     assert sentence_novelty("", source) == 0
     assert lead3({"post": source}) == "My cat ate it. Then\nshe slept! Why?"
+
+
+def test_rouge_by_hand_and_by_brute_force():
+    """Catches precision or recall for F1, no stemmer, a mean over something else, summaries and references that are not paired."""
+    by_hand = rouge(["the cats sat", "my dog"], ["The cat sat on a mat.", "your horse"])  # 3 of 3 and 6 words, 2 of 2 and 5 bigrams
+    assert [by_hand[name][0] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx([2 / 6, 2 * 1 * .4 / 1.4 / 2, 2 / 6])
+    assert by_hand["rouge1"][1] == [0, pytest.approx(2 / 3)] and rouge(["", "x"], ["a cat", "x"])["rougeL"][0] == .5
+    rng = random.Random(0)
+    for _ in range(20):
+        a, b = ([rng.choice("abcd") for _ in range(rng.randrange(2, 8))] for _ in range(2))
+        out = {}
+        for n in (1, 2):
+            grams, others = ([tuple(t[i:i + n]) for i in range(len(t) - n + 1)] for t in (a, b))
+            out[n] = 2 * sum(min(grams.count(x), others.count(x)) for x in set(grams)) / (len(grams) + len(others))
+        subsequences = {s for k in range(len(a) + 1) for s in itertools.combinations(a, k)}
+        longest = max(k for k in range(len(b) + 1) if subsequences & set(itertools.combinations(b, k)))
+        expected = [out[1], out[2], 2 * longest / (len(a) + len(b))]
+        assert [mean for mean, _ in rouge([" ".join(a)], [" ".join(b)]).values()] == pytest.approx(expected)
+    with pytest.raises(ValueError):
+        rouge(["a"], ["a", "b"])
 
 
 # --- the two tables
