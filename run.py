@@ -4,11 +4,13 @@ The whole of "learning to summarize from human feedback" in one command, offline
     python run.py                      # pretrain, SFT, comparisons, reward model, PPO, evaluation -> out/tiny-seed1/report
     python run.py --seed 2 --ppo.beta 0.1
     python run.py --posts posts.jsonl --comparisons comparisons.jsonl      # OpenAI's formats
+    python run.py summarize letter.txt # what has been trained summarizes a text of yours
 
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
 made with other settings is refused.
 """
 import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -275,6 +277,9 @@ STAGES = [  # what it is, the file it ends with, the function
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
+COMMANDS = {"summarize": "summarize"}  # `python run.py NAME ...` -> the module whose main(argv) takes the rest
+
+
 def open_folder(out, config):
     """Make the run's folder, or check that it belongs to this very configuration."""
     file = os.path.join(out, "config.json")
@@ -396,6 +401,7 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
 
 
 def main():
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS: return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
