@@ -632,9 +632,12 @@ def _most_characters(enc, post, Q):
     return len(body)
 
 
-def encode_response(enc, summary, R, task="tldr"):
-    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS."""
-    return enc.encode_ordinary(TASKS[task].lead + summary.strip())[:R - 1] + [enc.n_vocab - 1]
+def encode_response(enc, summary, R, task="tldr", stop=None):
+    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS.
+
+    stop: (token, after) of another rule; a response that ends with '.' has no EOS, so that a reward model reads what PPO will show it."""
+    ids, eos = enc.encode_ordinary(TASKS[task].lead + summary.strip()), enc.n_vocab - 1
+    return ids[:R - 1] + [eos] if stop is None or stop[0] == eos else ids[:R]
 
 
 def decode_response(enc, ids):

@@ -188,40 +188,40 @@ def measure_reward(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # the policies against the references
 
-def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of, generator):
+def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of, generator, stop=None):
     """Every policy's summary of every post, with all that measuring needs. models: {"pretrained", "sft", "ppo"}.
 
     -> one row per post: {"post": ..., "policies": {name: {"text", "length", "eos", "score", "kl"}}}"""
     queries, rows = [encode_query(enc, p, Q) for p in posts], [{"post": p, "policies": {}} for p in posts]
 
     def add(name, responses, kls=None):
-        for row, entry in zip(rows, entries(enc, reward_model, queries, responses, kls)):
+        for row, entry in zip(rows, entries(enc, reward_model, queries, responses, kls, stop)):
             row["policies"][name] = entry
 
-    add("reference", [encode_response(enc, p["summary"], R) for p in posts])
-    add("lead3", [encode_response(enc, lead3(p), reward_model.config.n_positions - Q) for p in posts])
+    add("reference", [encode_response(enc, p["summary"], R, stop=stop) for p in posts])
+    add("lead3", [encode_response(enc, lead3(p), reward_model.config.n_positions - Q, stop=stop) for p in posts])
     for name in ("pretrained", "sft", "ppo"):
-        add(name, *greedy_and_kl(models[name], models["sft"], queries, R, temperature, generator))
-    many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of)
+        add(name, *greedy_and_kl(models[name], models["sft"], queries, R, temperature, generator, stop))
+    many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of, stop=stop)
     scores = score_all(reward_model, queries, many, best_of)
     add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
         [best_of_n_kl(best_of)] * len(posts))
     return rows
 
 
-def entries(enc, reward_model, queries, responses, kls=None):
+def entries(enc, reward_model, queries, responses, kls=None, stop=None):
     """What is kept of each response: text, length, whether it ended, the reward model's score, KL."""
-    scores = score_all(reward_model, queries, responses).squeeze(1).tolist()
-    return [{"text": decode_response(enc, response), "length": len(response), "eos": response[-1] == enc.n_vocab - 1,
+    scores, (token, after) = score_all(reward_model, queries, responses).squeeze(1).tolist(), stop or (enc.n_vocab - 1, 0)
+    return [{"text": decode_response(enc, response), "length": len(response), "eos": response[-1] == token and len(response) > after,
              "score": score, "kl": None if kls is None else kls[i]} for i, (response, score) in enumerate(zip(responses, scores))]
 
 
-def greedy_and_kl(policy, sft, queries, R, temperature, generator):
+def greedy_and_kl(policy, sft, queries, R, temperature, generator, stop=None):
     """A policy's greedy responses, and the KL from SFT of one sample at the rollout temperature each."""
-    greedy = sample_responses(policy, queries, R, 0, generator)
+    greedy = sample_responses(policy, queries, R, 0, generator, stop=stop)
     if policy is sft:
         return greedy, [0.0] * len(queries)
-    return greedy, sampled_kl(policy, sft, queries, sample_responses(policy, queries, R, temperature, generator), temperature)
+    return greedy, sampled_kl(policy, sft, queries, sample_responses(policy, queries, R, temperature, generator, stop=stop), temperature)
 
 
 def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
@@ -474,8 +474,8 @@ def judge_policy(folder, policy_folder, device):
     policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
-    responses, kls = greedy_and_kl(policy, sft, queries, run.R, temperature, generator)
-    for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls)):
+    responses, kls = greedy_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop)
+    for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
     print(f"the row of PPO is the policy in {policy_folder}")
     print_table(*table_rows(measure_policies(samples)))

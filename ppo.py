@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import world
 from data import DataError, decode_response, encode_query, pad_rows, save_vocabulary, write_atomic
-from sft import (MetricsLog, alone, batches, check, encode_posts, load_model, load_state, make_optimizer, row_loss, run_main,
-                 save_state, set_lr, tf_adam_step)
+from sft import (MetricsLog, alone, batches, check, encode_posts, load_model, load_state, make_optimizer, row_loss, run_main, sample,
+                 save_state, set_lr, stop_rule, tf_adam_step)
 
 
 @dataclass
@@ -196,18 +196,6 @@ class AdaptiveKL:
         self.beta *= 1 + error * n_episodes / self.horizon
 
 
-def truncate(tokens, query_lengths, R, stop, after):
-    """A response ends with its first `stop` at index `after` or later; stops before that do not count. (Ziegler's code)
-
-    tokens [B, T] with R sampled tokens behind each query -> tokens [B, T], 0 behind the end; lengths [B]; ended [B]"""
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    index = columns - query_lengths[:, None]  # within the response
-    stops = (tokens == stop) & (index >= after) & (index < R)
-    ended = stops.any(1)
-    lengths = torch.where(ended, stops.long().argmax(1) + 1, query_lengths + R)
-    return torch.where(columns < lengths[:, None], tokens, 0), lengths, ended
-
-
 @torch.no_grad()
 def move_average(average, model, decay):
     """θ̄ ← decay · θ̄ + (1 - decay) · θ, in place. (InstructGPT appendix C.4)"""
@@ -270,12 +258,10 @@ def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temp
 
 @torch.no_grad()
 def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, generator, stop=None):
-    """Sample one response to each query and work out what each of its tokens was worth. stop: the token that ends one (EOS)."""
+    """Sample one response to each query and work out what each of its tokens was worth. stop: of stop_rule, None is EOS."""
     # 1. sample
-    stop = policy.config.eos if stop is None else stop
     tokens, query_lengths = pad_rows(queries, policy.device)
-    tokens, _, sampled = policy.generate(tokens, query_lengths, R, s.temperature, None if s.truncate_after else stop, generator)
-    tokens, lengths, ended = truncate(tokens, query_lengths, R, stop, s.truncate_after)
+    tokens, lengths, ended, sampled = sample(policy, tokens, query_lengths, R, s.temperature, stop, generator)
     tokens = tokens[:, :int(lengths.max())]
     # 2. log-probabilities under policy and reference, at the temperature of the samples
     logprobs, ref_logprobs, mask, kl, entropy = compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R,
@@ -376,19 +362,6 @@ def prompt_plan(n, s, seed):
     return batches(n, s.batch, -(-s.iterations // max(1, n // s.batch)), seed)
 
 
-def stop_id(enc, text):
-    """The id of the token that ends a response; "" stands for EOS."""
-    ids = enc.encode_ordinary(text) if text else [enc.n_vocab - 1]
-    check(len(ids) == 1, f"ppo.stop_token {text!r} is {len(ids)} tokens of this vocabulary, it must be one")
-    return ids[0]
-
-
-def check_stop(enc, s, R):
-    """Whether the truncation rule fits the vocabulary and the length of responses. -> the stop token's id"""
-    check(s.truncate_after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
-    return stop_id(enc, s.stop_token)
-
-
 def make_value_model(s, folder_of_run, policy, device):
     """The reward model (Stiennon, InstructGPT), the SFT model with a new head, or a head of zeros on the policy (Ziegler)."""
     if s.value != "shared":
@@ -407,7 +380,7 @@ def pretraining_rows(run, s):
 
 def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5, pretraining=None):
     """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used."""
-    stop = check_stop(enc, s, R)
+    stop = stop_rule(enc, s.stop_token, s.truncate_after, R)
     torch.manual_seed(seed)  # for the head of a value model from scratch
     policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
     reward_model = load_model(os.path.join(folder_of_run, "reward"), device, "scalar")

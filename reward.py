@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import world
 from data import DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
-from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main,
+from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main, sample,
                  save_state, set_lr)
 
 
@@ -100,15 +100,15 @@ def kwise_loss(scores, ranks):
 # collecting comparisons
 
 @torch.no_grad()
-def sample_responses(policy, queries, R, temperature, generator, n=1, batch=384):
-    """Lists of response ids, n per query in a row; queries are sorted by length for speed, the order is kept."""
-    eos, out = policy.config.eos, [None] * (len(queries) * n)
+def sample_responses(policy, queries, R, temperature, generator, n=1, batch=384, stop=None):
+    """Lists of response ids, n per query in a row; queries are sorted by length for speed, the order is kept. stop: as in sample()."""
+    out = [None] * (len(queries) * n)
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     size = max(1, batch // n)
     for i in tqdm(range(0, len(order), size), desc="sampling", unit="batch", leave=False):
         rows = order[i:i + size]
         tokens, lengths = pad_rows([queries[j] for j in rows], policy.device)
-        tokens, ends, _ = policy.generate(tokens, lengths, R, temperature, eos, generator, n)
+        tokens, ends, _, _ = sample(policy, tokens, lengths, R, temperature, stop, generator, n)
         tokens, ends = tokens.tolist(), ends.tolist()
         for k, j in enumerate(rows):
             for s in range(n):
@@ -145,7 +145,7 @@ def ask_all(labeler, post, candidates, labels, rng):
             yield candidates[i], candidates[j], int(ranks[j] < ranks[i]), None, worker
 
 
-def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="train", labels="pairs"):
+def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="train", labels="pairs", stop=None):
     """Sample summaries of each post, ask the labeler about them, return comparisons in OpenAI's format.
 
     policies: list of (name, model, temperature, samples per post); with labels = "pairs" the author's reference takes part too.
@@ -155,7 +155,7 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
     queries = [encode_query(enc, post, Q) for post in posts]
     texts = [[("ref", post["summary"])] for post in posts]
     for name, model, temperature, n in policies:
-        samples = sample_responses(model, queries, R, temperature, generator, n)
+        samples = sample_responses(model, queries, R, temperature, generator, n, stop=stop)
         for i, ids in enumerate(samples):
             texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
@@ -187,7 +187,7 @@ def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def group_by_post(enc, comparisons, Q, R):
+def group_by_post(enc, comparisons, Q, R, stop=None):
     """Comparisons -> one entry per post: {query: ids, responses: [ids], pairs: [(better, worse)], index: [comparison]}.
     Each distinct summary of a post becomes one response."""
     posts = defaultdict(list)
@@ -201,7 +201,7 @@ def group_by_post(enc, comparisons, Q, R):
             a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
         groups.append({"query": encode_query(enc, comparisons[members[0]]["info"], Q), "pairs": pairs, "index": members,
-                       "responses": [encode_response(enc, text, R) for text in texts]})
+                       "responses": [encode_response(enc, text, R, stop=stop) for text in texts]})
     return groups
 
 
@@ -265,10 +265,10 @@ def ungroup(groups):
             for g in groups for w, l in g["pairs"]]
 
 
-def split_comparisons(enc, path, Q, R):
+def split_comparisons(enc, path, Q, R, stop=None):
     """Read comparisons.jsonl -> (groups to train on, groups held out, the comparisons)."""
     comparisons, _ = load_comparisons(path)
-    groups = group_by_post(enc, comparisons, Q, R)
+    groups = group_by_post(enc, comparisons, Q, R, stop)
     train, held_out = ([g for g in groups if comparisons[g["index"][0]].get("split") == split] for split in ("train", "valid"))
     if not train or not held_out:
         raise DataError(f"{path} leaves {len(train)} posts to train on and {len(held_out)} held out; each side needs one")
@@ -322,10 +322,10 @@ def normalise(model, queries, responses, gain):
 
 def normalising_rows(run, settings, device):
     """queries, responses whose scores train_reward normalises: references or, for gain_bias, the policy's samples of the same posts."""
-    queries, responses = encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R)
+    queries, responses = encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R, run.stop)
     if settings.normalise == "gain_bias":
         policy, temperature = load_model(os.path.join(run.folder, "sft"), device), run.config["settings"]["ppo"]["temperature"]
-        responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(run.seed))
+        responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(run.seed), stop=run.stop)
     return queries, responses
 
 
@@ -344,7 +344,7 @@ def main():
     run, settings, out, device = alone(__doc__, "reward", RewardSettings)
     torch.manual_seed(run.seed)
     model = load_model(os.path.join(run.folder, "sft"), device, "scalar")
-    train, held_out, _ = split_comparisons(run.enc, os.path.join(run.folder, "comparisons.jsonl"), run.Q, run.R)
+    train, held_out, _ = split_comparisons(run.enc, os.path.join(run.folder, "comparisons.jsonl"), run.Q, run.R, run.stop)
     train_reward(model, train, normalising_rows(run, settings, device), settings, out, run.seed)
     with torch.no_grad():
         right = torch.cat([(chosen > rejected).float() for g in held_out for chosen, rejected in [score_groups(model, [g])]])

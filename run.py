@@ -29,11 +29,11 @@ import world
 from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
                   save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
 from model import GPT, GPTConfig, choose_precision
-from ppo import PPOSettings, check_stop, pretraining_rows, train_ppo
+from ppo import PPOSettings, pretraining_rows, train_ppo
 from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows,
                     sample_responses, score_all, split_comparisons, train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
-                 pick_device, run_main, train_lm)
+                 pick_device, run_main, stop_rule, train_lm)
 
 
 @dataclass
@@ -151,9 +151,9 @@ def stage_data(run):
     lengths = [len(encode_response(enc, p["summary"], 10**6)) for p in splits["sft"]]
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
-    check_stop(enc, s.ppo, R)  # what later stages would refuse is refused before any work
+    stop = stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
     if run.comparisons_file is not None:
-        check_labels(group_by_post(enc, load_comparisons(run.comparisons_file)[0], Q, R), s.reward.loss)
+        check_labels(group_by_post(enc, load_comparisons(run.comparisons_file)[0], Q, R, stop), s.reward.loss)
     os.makedirs(path(run, "data"), exist_ok=True)
     save_encoding(enc, path(run, "tokenizer.json"))
     for name, posts in splits.items():
@@ -197,7 +197,7 @@ def stage_collect(run):
         comparisons = []
         for split, posts in (("train", "collect"), ("valid", "held_out")):
             comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
-                                   torch.Generator().manual_seed(run.seed), rng, split, s.labels)
+                                   torch.Generator().manual_seed(run.seed), rng, split, s.labels, run.stop)
         agreement = labeler_agreement(labeler, comparisons)
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
@@ -221,7 +221,7 @@ def stage_reward(run):
     torch.manual_seed(run.seed)
     save_vocabulary(run.enc, path(run, "reward"))
     model = load_model(path(run, "sft"), run.device, "scalar")
-    train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R)
+    train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R, run.stop)
     train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, path(run, "reward"), run.seed)
     rows = evaluation.reward_margins(model, held_out, comparisons)
     save_json_lines(path(run, "reward", "held_out.jsonl"), rows)
@@ -239,7 +239,7 @@ def choose_sft(run):
     reward_model = load_model(path(run, "reward"), run.device, "scalar")
     for epoch in range(1, run.settings.sft.epochs + 1):
         policy, generator = load_model(epoch_folder(path(run, "sft"), epoch), run.device), torch.Generator().manual_seed(run.seed)
-        responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator)
+        responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator, stop=run.stop)
         scores[epoch] = score_all(reward_model, queries, responses).mean().item()
     chosen = max(scores, key=scores.get)
     load_model(epoch_folder(path(run, "sft"), chosen), run.device).save_pretrained(path(run, "sft"))
@@ -262,7 +262,7 @@ def stage_evaluation(run):
     models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
     rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
                                       run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
-                                      torch.Generator().manual_seed(run.seed))
+                                      torch.Generator().manual_seed(run.seed), run.stop)
     os.makedirs(path(run, "evaluation"), exist_ok=True)
     save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
 

@@ -241,7 +241,7 @@ def pick_device(name):
 
 
 def open_run(folder):
-    """What run.py's first stage left in a run's folder: its config, tokenizer, lengths and posts by split."""
+    """What run.py's first stage left in a run's folder: its config, tokenizer, lengths, stop rule and posts by split."""
     try:
         with open(os.path.join(folder, "config.json")) as f:
             config = json.load(f)
@@ -252,8 +252,9 @@ def open_run(folder):
     except ValueError as e:
         raise DataError(f"{folder}: config.json or data/lengths.json is damaged ({e})") from None
     files = sorted(name for name in os.listdir(os.path.join(folder, "data")) if name.endswith(".jsonl"))
-    return SimpleNamespace(folder=folder, config=config, enc=load_encoding(os.path.join(folder, "tokenizer.json")),
-                           Q=lengths["Q"], R=lengths["R"],
+    enc, s = load_encoding(os.path.join(folder, "tokenizer.json")), config["settings"]["ppo"]
+    return SimpleNamespace(folder=folder, config=config, enc=enc, Q=lengths["Q"], R=lengths["R"],
+                           stop=stop_rule(enc, s["stop_token"], s["truncate_after"], lengths["R"]),
                            posts={name[:-6]: load_posts(os.path.join(folder, "data", name))[0] for name in files})
 
 
@@ -304,11 +305,43 @@ def load_model(folder, device, head="lm"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# where a response ends: with its first EOS, or by Ziegler's rule
+
+def stop_rule(enc, text, after, R):
+    """-> (token, after): what ends a response, and the index of the response before which it does not. text: of one token, "" is EOS."""
+    ids = enc.encode_ordinary(text) if text else [enc.n_vocab - 1]
+    check(len(ids) == 1, f"ppo.stop_token {text!r} is {len(ids)} tokens of this vocabulary, it must be one")
+    check(after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
+    return ids[0], after
+
+
+def truncate(tokens, query_lengths, R, stop, after):
+    """A response ends with its first `stop` at index `after` or later; stops before that do not count. (Ziegler's code)
+
+    tokens [B, T] with R sampled tokens behind each query -> tokens [B, T], 0 behind the end; lengths [B]; ended [B]"""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    index = columns - query_lengths[:, None]  # within the response
+    stops = (tokens == stop) & (index >= after) & (index < R)
+    ended = stops.any(1)
+    lengths = torch.where(ended, stops.long().argmax(1) + 1, query_lengths + R)
+    return torch.where(columns < lengths[:, None], tokens, 0), lengths, ended
+
+
+def sample(policy, tokens, query_lengths, R, temperature, stop, generator, n=1):
+    """n responses to each query in a row, at most R tokens, ended by the rule. stop: of stop_rule, None is EOS wherever it stands.
+
+    -> tokens [B·n, T], lengths [B·n], ended [B·n], the sampler's own log-probabilities [B·n, R]"""
+    stop, after = stop or (policy.config.eos, 0)
+    tokens, _, logprobs = policy.generate(tokens, query_lengths, R, temperature, None if after else stop, generator, n)
+    return *truncate(tokens, query_lengths.repeat_interleave(n), R, stop, after), logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # training a language model on (query, response) rows: pretraining and supervised fine-tuning
 
-def encode_posts(enc, posts, Q, R):
+def encode_posts(enc, posts, Q, R, stop=None):
     """-> queries, responses: lists of token ids; the response is the author's summary."""
-    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R) for p in posts]
+    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R, stop=stop) for p in posts]
 
 
 def row_loss(model, queries, responses, query_weight):

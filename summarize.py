@@ -158,7 +158,7 @@ def main(argv=None):
 
         def shorten(texts):
             queries = [encode_query(run.enc, {**frame, "post": text}, run.Q) for text in texts]
-            many = sample_responses(policy, queries, run.R, temperature, generator, args.n)
+            many = sample_responses(policy, queries, run.R, temperature, generator, args.n, stop=run.stop)
             best = score_all(reward_model, queries, many, args.n).argmax(1).tolist() if args.n > 1 else [0] * len(queries)
             return [" ".join(decode_response(run.enc, many[i * args.n + b]).split()) for i, b in enumerate(best)]
 

@@ -91,6 +91,10 @@ def test_title_longer_than_the_query_is_refused(enc):
 def test_response_starts_with_a_blank_and_keeps_eos(enc):
     eos = enc.n_vocab - 1
     assert data.encode_response(enc, "so", 48) == data.encode_response(enc, " so", 48) == enc.encode_ordinary(" so") + [eos]
+    dot = enc.encode_ordinary(".")[0]
+    assert data.encode_response(enc, "so it ran.", 48, stop=(dot, 4)) == enc.encode_ordinary(" so it ran.")  # what ends it is in the text
+    assert data.encode_response(enc, "so", 48, stop=(eos, 4)) == enc.encode_ordinary(" so") + [eos]
+    assert len(data.encode_response(enc, "word " * 100, 10, stop=(dot, 4))) == 10
     cut = data.encode_response(enc, "word " * 100, 10)
     assert len(cut) == 10 and cut[-1] == eos and eos not in cut[:-1]
     assert data.decode_response(enc, data.encode_response(enc, "my cat ran.", 48)) == "my cat ran."

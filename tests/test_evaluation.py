@@ -9,7 +9,7 @@ from conftest import random_rows, tiny_model
 
 import world
 from data import pad_rows
-from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, lead3, length_controlled_win_rate,
+from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, entries, lead3, length_controlled_win_rate,
                         measure_policies, measure_reward, reward_margins, rouge, sampled_kl, sentence_novelty, wins)
 from reward import group_by_post
 
@@ -238,6 +238,14 @@ def test_the_table_controls_for_length():
     assert out["gold_win_rate"] == pytest.approx(np.mean(w), abs=.05)
     expected = length_controlled_win_rate(w, [math.log(60 / 30) if i % 10 < 6 else math.log(33 / 30) for i in range(40)])
     assert out["gold_win_rate_length_controlled"] == pytest.approx(expected, abs=.05) and expected < .3
+
+
+def test_what_has_ended_is_what_the_rule_says(enc):
+    """Catches responses that ended with '.' counted as unfinished, and a '.' that stands too early counted as an end."""
+    model, dot = tiny_model("scalar", vocab_size=enc.n_vocab), enc.encode_ordinary(".")[0]
+    responses = [[1, 2, dot], [1, dot], [1, 2, 3], [1, 2, enc.n_vocab - 1]]
+    ended = [[e["eos"] for e in entries(enc, model, [[1, 2]] * 4, responses, stop=stop)] for stop in ((dot, 2), None)]
+    assert ended == [[True, False, False, False], [False, False, False, True]]
 
 
 def test_sampled_kl_is_0_for_the_policy_itself_and_k1_for_another(g):

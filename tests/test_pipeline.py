@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import run
 from data import DataError, encode_query
-from reward import sample_responses
-from sft import load_model
+from reward import sample_responses, score_groups, split_comparisons
+from sft import load_model, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -243,6 +243,19 @@ def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
     for line in (out / "comparisons.jsonl").open():
         row = json.loads(line)
         better.setdefault(row["info"]["id"], []).append(row["summaries"][row["choice"]]["text"])
+    r = open_run(str(out))  # labels, reward model and evaluation obey the rule as PPO does
+    texts = [s["text"] for line in (out / "comparisons.jsonl").open() for s in json.loads(line)["summaries"]]
+    rows = [json.loads(line)["policies"] for line in (out / "evaluation" / "samples.jsonl").open()]
+    texts += [row[name]["text"] for row in rows for name in ("pretrained", "sft", "ppo", "best_of_n")]
+    tails = [r.enc.encode_ordinary(" " + text.strip())[4:] for text in texts]
+    assert not any(r.stop[0] in tail[:-1] for tail in tails) and sum(tail[-1:] == [r.stop[0]] for tail in tails) > 5
+    margins = [json.loads(line)["margin"] for line in (out / "reward" / "held_out.jsonl").open()]
+    model, both = load_model(str(out / "reward"), "cpu", "scalar"), []
+    for stop in (r.stop, None):
+        _, held_out, _ = split_comparisons(r.enc, out / "comparisons.jsonl", r.Q, r.R, stop)
+        with torch.no_grad():
+            both.append(torch.sub(*score_groups(model, held_out)).tolist())
+    assert margins == pytest.approx(both[0], abs=.05) and max(abs(a - b) for a, b in zip(*both)) > .2
     assert len(better) == 24 and all(len(texts) <= 3 and len(set(texts)) == 1 for texts in better.values())
     assert "score.weight" not in load_file(out / "ppo" / "model.safetensors") and "score.weight" in load_file(out / "ppo" / "value" / "model.safetensors")
     rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
@@ -278,7 +291,8 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
         model.save_pretrained(tmp_path / "sft" / f"epoch-{epoch}")
     tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=90).save_pretrained(tmp_path / "reward")
     posts = [{"subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate."} for i in range(9)]
-    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", settings=run.preset("test"))
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", stop=None,
+                        settings=run.preset("test"))
     r.settings.sft.epochs = 3
     run.choose_sft(r)
     chosen = json.loads((tmp_path / "sft" / "chosen.json").read_text())

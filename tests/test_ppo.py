@@ -14,8 +14,8 @@ import ppo
 from data import DataError, pad_rows
 from model import GPT
 from ppo import (AdaptiveKL, FixedKL, PPOSettings, check_ratio, compare_policies, gae, kl_estimates, make_value_model, move_average,
-                 own_kl_advantage, policy_loss, rollout, shaped_rewards, stop_id, truncate, update, value_loss, whiten)
-from sft import make_optimizer, read_metrics, row_loss
+                 own_kl_advantage, policy_loss, rollout, shaped_rewards, update, value_loss, whiten)
+from sft import make_optimizer, read_metrics, row_loss, stop_rule, truncate
 
 ONES = torch.ones(1, 4)
 A = torch.tensor([[.49065, .727, .66, .8]])
@@ -508,8 +508,7 @@ def test_rollout_with_whitened_rewards(iteration):
 def test_rollout_ends_by_the_truncation_rule(iteration):
     """Catches a sampler that stops too early for the rule, a score at another token, and a penalty given to the wrong rows."""
     policy, _, reward, value, s, queries, _ = iteration
-    s.truncate_after = 2
-    r = rollout(policy, tiny_model(seed=8), reward, value, queries * 3, 6, s, 0.3, torch.Generator().manual_seed(7), stop=4)
+    r = rollout(policy, tiny_model(seed=8), reward, value, queries * 3, 6, s, 0.3, torch.Generator().manual_seed(7), stop=(4, 2))
     early = 0
     for b, query in enumerate(queries * 3):
         q, end = len(query), int(r.lengths[b])
@@ -623,7 +622,7 @@ def run_folder(enc, tmp_path_factory):
     for seed, (stage, head) in enumerate((("sft", "lm"), ("reward", "scalar")), 5):
         model = tiny_model(head, seed, vocab_size=enc.n_vocab, n_positions=80)
         with torch.no_grad():
-            model.wte.weight[[enc.n_vocab - 1, stop_id(enc, "a")]] += 2 * model.ln_f.bias
+            model.wte.weight[[enc.n_vocab - 1, stop_rule(enc, "a", 0, 8)[0]]] += 2 * model.ln_f.bias
         model.save_pretrained(folder / stage)
     return folder
 
@@ -743,9 +742,9 @@ def test_what_is_saved_as_the_policy(enc, run_folder, tmp_path, value, ema, monk
 
 def test_stop_token_is_one_token(enc, run_folder, tmp_path):
     """Catches a stop text that the vocabulary cannot say in one token, and a window that no response reaches."""
-    assert stop_id(enc, "") == enc.n_vocab - 1 and enc.decode([stop_id(enc, ".")]) == "."
+    assert stop_rule(enc, "", 0, 8) == (enc.n_vocab - 1, 0) and enc.decode([stop_rule(enc, ".", 3, 8)[0]]) == "."
     with pytest.raises(DataError, match="stop_token"):
-        stop_id(enc, "purple banana")
+        stop_rule(enc, "purple banana", 0, 8)
     with pytest.raises(DataError, match="truncate_after"):
         train(run_folder, enc, tmp_path, PPOSettings(truncate_after=8))
 

@@ -209,12 +209,16 @@ def test_normalising_rows_are_references_or_samples(enc, g, tmp_path):
     model = tiny_model(vocab_size=enc.n_vocab, n_positions=90)
     model.save_pretrained(tmp_path / "sft")
     config = {"settings": {"ppo": {"temperature": 1e-4}}}
-    run = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"sft": posts}, Q=80, R=6, seed=0, config=config)
+    run = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"sft": posts}, Q=80, R=6, seed=0, config=config, stop=None)
     queries, references = reward.normalising_rows(run, RewardSettings(), "cpu")
     same, samples = reward.normalising_rows(run, RewardSettings(normalise="gain_bias"), "cpu")
     assert queries == same == [encode_query(enc, p, 80) for p in posts]
     assert references == [encode_response(enc, "good cat", 6)] * 3
     assert samples == sample_responses(model, queries, 6, 0, g) != references  # nearly greedy at this temperature
+    run.stop = samples[0][1], 2  # another token ends a response: samples do, and references have no EOS
+    assert reward.normalising_rows(run, RewardSettings(), "cpu")[1] == [encode_response(enc, "good cat", 6)[:-1]] * 3
+    _, ended = reward.normalising_rows(run, RewardSettings(normalise="gain_bias"), "cpu")
+    assert ended == sample_responses(model, queries, 6, 0, g, stop=run.stop) != samples
 
 
 # --- rankings and choices of the best, from the labeler to the loss
@@ -235,7 +239,7 @@ class Reader:
 
 def asked(enc, texts, labels, monkeypatch, pairs=99):
     """collect() on one post whose samples are given."""
-    monkeypatch.setattr(reward, "sample_responses", lambda *a: [encode_response(enc, t, 20) for t in texts])
+    monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [encode_response(enc, t, 20) for t in texts])
     post = comparison("one", "", "", 0)["info"] | {"summary": "ref aaaaaaa", "facts": {}}
     rows = collect(enc, [post], [("p", None, 1., len(texts))], Reader(), pairs, 80, 20, None, random.Random(0), "train", labels)
     said = [tuple(r["summaries"][k]["text"].strip() for k in (r["choice"], 1 - r["choice"])) for r in rows]
@@ -394,3 +398,14 @@ def test_sample_responses_keeps_the_order(g):
     drawn = sample_responses(model, queries, 6, 1.0, g, n=2)
     assert len(drawn) == 18 and any(a != b for a, b in zip(drawn[::2], drawn[1::2]))
     assert all(len(r) == 6 or r[-1] == 10 for r in drawn)
+
+
+def test_samples_end_by_the_truncation_rule(g):
+    """Catches labels given to other responses than PPO's: a rule that is not passed on, or counts from another query's end."""
+    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=20)
+    every = sample_responses(model, queries, 6, 1.0, g, n=3, batch=24, stop=(4, 2))
+    assert all(4 not in y[2:-1] and (len(y) == 6 or len(y) > 2 and y[-1] == 4) for y in every)
+    assert any(4 in y[:2] for y in every) and 5 < sum(y[-1] == 4 and len(y) < 6 for y in every) and any(10 in y for y in every)
+    whole, cut = (sample_responses(model, queries, 6, 1.0, g.manual_seed(5), n=2, stop=stop) for stop in ((10, 5), (4, 1)))
+    ends = [next((i + 1 for i in range(1, 6) if y[i] == 4), 6) for y in whole]  # the same draws, ended by hand
+    assert cut == [y[:end] for y, end in zip(whole, ends)] and min(ends) < 6 < sum(len(y) == 6 for y in whole)
