@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons, load_posts, pad_rows,
-                  post_key, save_json_lines, write_atomic)
+from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
+                  load_posts, pad_rows, post_key, save_json_lines, write_atomic)
 from ppo import compare_policies, kl_estimates
 from reward import group_by_post, sample_responses, score_all, score_groups
 from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
@@ -426,7 +426,7 @@ def print_table(header, rows):
 
 
 def save_table(folder, name, header, rows):
-    """-> the CSV in the run's report/ that now holds the table"""
+    """-> path of the CSV in the run's report/"""
     path = os.path.join(folder, "report", f"{name}.csv")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", newline="") as f:
@@ -441,7 +441,7 @@ def report_text(settings, seconds, reward, policies, samples):
     out = [f"# Report of a run: preset {settings['preset']}, seed {settings['seed']}", "",
            f"Win rates are against the reference summary of the same held-out post ({n} posts, ties count one half), greedy decoding; "
            "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature."
-           + (" ROUGE is F1 against the whole reference, by rouge-score with its stemmer, with 95 % intervals." if "ROUGE-1" in header else "")
+           + (" ROUGE is F1 against the whole reference, by rouge-score with its stemmer; 95 % intervals." if "ROUGE-1" in header else "")
            + ("" if "in_context" in policies else " The zero-shot baseline with examples in its context is left out: in front of some post "
               "the language model's context has no room for one."), "",
            "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -547,6 +547,11 @@ def stem(file):
     return os.path.basename(file).split(".")[0]
 
 
+def show_table(folder, name, header, rows):
+    print_table(header, rows)
+    print(f"table in {save_table(folder, name, header, rows)}")
+
+
 def judge_posts(folder, file, task, device):
     """Every policy on posts or articles that are not the run's own: table, report/FILE-TASK.csv, evaluation/FILE-TASK.jsonl.
 
@@ -562,10 +567,8 @@ def judge_posts(folder, file, task, device):
                               pick_examples(run.enc, examples))
     os.makedirs(os.path.join(folder, "evaluation"), exist_ok=True)
     save_json_lines(os.path.join(folder, "evaluation", f"{stem(file)}-{task}.jsonl"), samples)
-    table = table_rows(measure_policies(samples))
-    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; ROUGE is F1 with stemming")
-    print_table(*table)
-    print(f"table in {save_table(folder, f'{stem(file)}-{task}', *table)}")
+    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; ROUGE is F1, stemmed")
+    show_table(folder, f"{stem(file)}-{task}", *table_rows(measure_policies(samples)))
 
 
 def measure_axes(evaluations):
@@ -584,11 +587,10 @@ def judge_axes(folder, file):
     evaluations, skipped = load_axis(file)
     measured = measure_axes(evaluations)
     names = sorted({axis for axes in measured.values() for axis in axes}, key=lambda axis: (axis != "overall", axis))
-    table = ["policy", "n", *names], [[policy, str(max(a["n"] for a in axes.values())), *(
-        with_interval((a["mean"], a["ci"]) if (a := axes.get(name)) else None, ".2f") for name in names)] for policy, axes in measured.items()]
-    print(f"{file}: {len(evaluations)} evaluations, {skipped} more skipped because a text or all answers are missing; 95 % intervals over posts")
-    print_table(*table)
-    print(f"table in {save_table(folder, f'{stem(file)}-axes', *table)}")
+    rows = [[policy, str(max(a["n"] for a in axes.values()))] + [with_interval((axes[name]["mean"], axes[name]["ci"]) if name in axes else None, ".2f")
+                                                               for name in names] for policy, axes in measured.items()]
+    print(f"{file}: {len(evaluations)} evaluations, {skipped} more skipped because a text or all answers are missing; intervals over posts")
+    show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
 
 
 def unseen_comparisons(comparisons, seen):
@@ -613,11 +615,9 @@ def judge_comparisons(folder, file, task, device):
                                 for b in measure_reward(margins)["by_confidence"]}
     rows = [[label, str(m["n"]), with_interval((m["accuracy"], m["accuracy_ci"])), with_interval((m["longer_wins"], m["longer_wins_ci"]))]
             for label, m in ((label, measure_reward(part)) for label, part in parts.items())]
-    table = ["confidence", "n", "reward model agrees", "longer wins"], rows
-    print(f"{file}: {len(comparisons)} comparisons of {len({r['post'] for r in margins})} posts, {len(every) - len(comparisons)} more left out "
-          "because the reward model was trained on their posts; 95 % intervals over posts")
-    print_table(*table)
-    print(f"table in {save_table(folder, f'{stem(file)}-agreement', *table)}")
+    print(f"{file}: {len(comparisons)} comparisons of {len({r['post'] for r in margins})} posts, {len(every) - len(comparisons)} more "
+          "left out because the reward model was trained on their posts; 95 % intervals over posts")
+    show_table(folder, f"{stem(file)}-agreement", ["confidence", "n", "reward model agrees", "longer wins"], rows)
 
 
 def main():
@@ -626,10 +626,10 @@ def main():
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--policy", help="judge this policy, such as ppo.py leaves, in place of the run's own; the report stays as it is")
     what.add_argument("--posts", metavar="FILE", help="the run's policies on these posts, or articles, and their references")
-    what.add_argument("--comparisons", metavar="FILE", help="agreement of the run's reward model with these comparisons, in OpenAI's format")
+    what.add_argument("--comparisons", metavar="FILE", help="agreement of the run's reward model with these comparisons")
     what.add_argument("--axis", metavar="FILE", help="means of these Likert evaluations, in OpenAI's axis_evals format")
-    parser.add_argument("--task", choices=["tldr", "cnndm", "cnndm-transfer"], help="format of --posts (default tldr) or of the articles in "
-                        "--comparisons (default cnndm-transfer)")
+    parser.add_argument("--task", choices=["tldr", "cnndm", "cnndm-transfer"],
+                        help="format of --posts (default tldr) or of the articles in --comparisons (default cnndm-transfer)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args()
     if args.policy is not None:

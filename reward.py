@@ -200,8 +200,9 @@ def group_by_post(enc, comparisons, Q, R, stop=None):
             c = comparisons[i]
             a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
-        groups.append({"query": encode_query(enc, comparisons[members[0]]["info"], Q), "pairs": pairs, "index": members,
-                       "responses": [encode_response(enc, text, R, comparisons[members[0]]["info"].get("task", "tldr"), stop) for text in texts]})
+        info = comparisons[members[0]]["info"]
+        groups.append({"query": encode_query(enc, info, Q), "pairs": pairs, "index": members,
+                       "responses": [encode_response(enc, text, R, info.get("task", "tldr"), stop) for text in texts]})
     return groups
 
 

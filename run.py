@@ -262,7 +262,8 @@ def stage_evaluation(run):
     models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
     rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
                                       run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
-                                      torch.Generator().manual_seed(run.seed), run.stop, evaluation.pick_examples(run.enc, run.posts["sft"]))
+                                      torch.Generator().manual_seed(run.seed), run.stop,
+                                      evaluation.pick_examples(run.enc, run.posts["sft"]))
     os.makedirs(path(run, "evaluation"), exist_ok=True)
     save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
 

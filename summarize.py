@@ -77,8 +77,8 @@ def paragraphs(texts, indices):
 def summarize(text, shorten, tokens, room):
     """Summarize the parts of a text, then groups of summaries, until there is one. -> its tree {"text", "summary", "parts": [trees]}
 
-    shorten: list of texts -> list of summaries. It ends whatever they are: where a level would not have fewer texts than the one below,
-    what goes up of each summary is its first half, then its first quarter, and so on."""
+    shorten: list of texts -> list of summaries. It ends whatever they are: where a level would not have fewer texts than the one below, or
+    one that is too long, what goes up of each summary is its first half, or its first quarter, and so on."""
     level = [{"text": part, "parts": []} for part in split(text, tokens, room)]
     while True:
         for node, summary in zip(level, shorten([node["text"] for node in level])):
@@ -86,7 +86,7 @@ def summarize(text, shorten, tokens, room):
         if len(level) == 1:
             return level[0]
         texts, share = [node["summary"] for node in level], 1
-        while len(groups := pack(texts, tokens, room)) >= len(level):
+        while len(groups := pack(texts, tokens, room)) >= len(level) or any(tokens(paragraphs(texts, g)) > room for g in groups):
             texts, share = [t[:len(t) // 2].rpartition(" ")[0] or t[:len(t) // 2] for t in texts], 2 * share
         if share > 1:
             print(f"of {len(level)} summaries, too long to be summarized together, the first 1/{share} of each goes on", file=sys.stderr)
@@ -95,8 +95,8 @@ def summarize(text, shorten, tokens, room):
 
 def print_tree(node, tokens, depth=0):
     """A part, its summary, and below, further to the right, what it was made from; on standard error."""
-    beginning = node["text"] if len(node["text"]) < 70 else node["text"][:68] + " …"
-    print(f"{'    ' * depth}[{tokens(node['text'])} tokens] {' '.join(beginning.split())}\n{'    ' * depth} -> {node['summary']}", file=sys.stderr)
+    beginning, indent = " ".join(node["text"][:70].split()), "    " * depth
+    print(f"{indent}[{tokens(node['text'])} tokens] {beginning} ...\n{indent} -> {node['summary']}", file=sys.stderr)
     for part in node["parts"]:
         print_tree(part, tokens, depth + 1)
 
@@ -165,8 +165,8 @@ def main(argv=None):
         room = run.Q - empty
         for text in texts:
             if room < run.R and tokens(text) > room:
-                raise DataError(f"title and subreddit leave {room} of the {run.Q} tokens of a query to the text, which is longer, and a summary "
-                                f"may have {run.R}: summing up would not end; give a shorter --title")
+                raise DataError(f"title and subreddit leave {room} of the {run.Q} tokens of a query to the text, which is longer, and a "
+                                f"summary may have {run.R}: summing up would not end; give a shorter --title")
             tree = summarize(text, shorten, tokens, room)
             if args.show_parts:
                 print_tree(tree, tokens)
