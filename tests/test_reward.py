@@ -409,3 +409,14 @@ def test_samples_end_by_the_truncation_rule(g):
     whole, cut = (sample_responses(model, queries, 6, 1.0, g.manual_seed(5), n=2, stop=stop) for stop in ((10, 5), (4, 1)))
     ends = [next((i + 1 for i in range(1, 6) if y[i] == 4), 6) for y in whole]  # the same draws, ended by hand
     assert cut == [y[:end] for y, end in zip(whole, ends)] and min(ends) < 6 < sum(len(y) == 6 for y in whole)
+
+
+def test_a_comparison_of_articles_has_their_format(enc):
+    """Catches the lead of a TL;DR in front of an article's summary."""
+    info = {"id": "1", "title": "", "post": "My cat ate.", "task": "cnndm"}
+    comparisons = [{"info": info, "summaries": [{"text": " cat"}, {"text": "dog"}], "choice": 0}]
+    (group,) = group_by_post(enc, comparisons, 90, 20)
+    assert enc.decode(group["query"]) == "Article:\nMy cat ate.\n\nTL;DR:\n" and [enc.decode(r[:-1]) for r in group["responses"]] == ["cat", "dog"]
+    del info["task"]
+    info["subreddit"] = "x"
+    assert [enc.decode(r[:-1]) for r in group_by_post(enc, comparisons, 90, 20)[0]["responses"]] == [" cat", " dog"]
