@@ -4,6 +4,7 @@ The whole of "learning to summarize from human feedback" in one command, offline
     python run.py                      # pretrain, SFT, comparisons, reward model, PPO, evaluation -> out/tiny-seed1/report
     python run.py --seed 2 --ppo.beta 0.1
     python run.py --posts posts.jsonl --comparisons comparisons.jsonl      # OpenAI's formats
+    python run.py summarize letter.txt # what has been trained summarizes a text of yours
 
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
 made with other settings is refused.
@@ -367,7 +368,8 @@ def stage_evaluation(run):
         models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
         rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
                                           run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
-                                          torch.Generator().manual_seed(run.seed), run.stop)
+                                          torch.Generator().manual_seed(run.seed), run.stop,
+                                          evaluation.pick_examples(run.enc, run.posts["sft"]))
     os.makedirs(path(run, "evaluation"), exist_ok=True)
     save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
 
@@ -381,6 +383,7 @@ STAGES = [  # what it is, the file it ends with, the function
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
+
 
 def open_folder(out, config):
     """Make the run's folder, or check that it belongs to this very configuration."""
@@ -529,7 +532,7 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
     evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
-COMMANDS = {"ablations": "ablations"}  # python run.py COMMAND: the module whose main(argv) it is
+COMMANDS = {"ablations": "ablations", "summarize": "summarize"}  # python run.py COMMAND: the module whose main(argv) it is
 
 
 def main():

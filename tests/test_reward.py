@@ -468,3 +468,14 @@ def test_a_labeler_is_shown_between_k_min_and_k(enc, monkeypatch):
         sizes.add(len(shown))
         firsts |= shown
     assert sizes == {3, 4, 5, 6} and firsts == set(texts)
+
+
+def test_a_comparison_of_articles_has_their_format(enc):
+    """Catches the lead of a TL;DR in front of an article's summary."""
+    info = {"id": "1", "title": "", "post": "My cat ate.", "task": "cnndm"}
+    comparisons = [{"info": info, "summaries": [{"text": " cat"}, {"text": "dog"}], "choice": 0}]
+    (group,) = group_by_post(enc, comparisons, 90, 20)
+    assert enc.decode(group["query"]) == "Article:\nMy cat ate.\n\nTL;DR:\n" and [enc.decode(r[:-1]) for r in group["responses"]] == ["cat", "dog"]
+    del info["task"]
+    info["subreddit"] = "x"
+    assert [enc.decode(r[:-1]) for r in group_by_post(enc, comparisons, 90, 20)[0]["responses"]] == [" cat", " dog"]
