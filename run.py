@@ -4,11 +4,13 @@ The whole of "learning to summarize from human feedback" in one command, offline
     python run.py                      # pretrain, SFT, comparisons, reward model, PPO, evaluation -> out/tiny-seed1/report
     python run.py --seed 2 --ppo.beta 0.1
     python run.py --posts posts.jsonl --comparisons comparisons.jsonl      # OpenAI's formats
+    python run.py figures              # every figure of the papers, with error bars
 
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
 made with other settings is refused.
 """
 import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -193,8 +195,8 @@ def stage_collect(run):
         mixture = [("sft-0.3", sft, 0.3, quarter), ("sft-0.5", sft, 0.5, s.k - 2 * quarter), ("pretrained-0.5", pretrained, 0.5, quarter)]
         mixture = [policy for policy in mixture if policy[3]]
         comparisons = []
-        for split, posts in (("train", "collect"), ("valid", "held_out")):
-            comparisons += collect(run.enc, run.posts[posts], mixture, labeler, s.pairs, run.Q, run.R,
+        for split, posts in (("train", run.posts["collect"][:s.posts]), ("valid", run.posts["held_out"][:s.held_out_posts])):
+            comparisons += collect(run.enc, posts, mixture, labeler, s.pairs, run.Q, run.R,
                                    torch.Generator().manual_seed(run.seed), rng, split, s.labels)
         agreement = labeler_agreement(labeler, comparisons)
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
@@ -275,6 +277,9 @@ STAGES = [  # what it is, the file it ends with, the function
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
+COMMANDS = {"figures": "figures"}  # `python run.py NAME ...` -> the module whose main(argv) takes the rest
+
+
 def open_folder(out, config):
     """Make the run's folder, or check that it belongs to this very configuration."""
     file = os.path.join(out, "config.json")
@@ -309,11 +314,10 @@ def same_stages(base, old, new):
     """Names of the stages that a run of configuration `new` would only repeat from the folder `base` of configuration `old`.
 
     Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
-    serves many seeds of what comes after it."""
+    serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its posts."""
     a, b = old.get("settings", {}), new["settings"]
-    sizes = [{key: s.get("collect", {}).get(key) for key in ("posts", "held_out_posts")} for s in (a, b)]
-    if sizes[0] != sizes[1] or any(a.get(part) != b[part] or old.get(file) != new[file] for part in ("model", "data")
-                                   for file in ("posts", "comparisons")):
+    few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
+    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in ("posts", "comparisons")):
         return []
     if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
         a = a if all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo")) else {**a, "sft": None}
@@ -333,21 +337,25 @@ def share_stages(base, folder, config):
     for part in (part for name in names for part in SHARED[name]):
         source, target = os.path.join(base, part), os.path.join(folder, part)
         if os.path.exists(source) and not os.path.exists(target):
-            (shutil.copytree if os.path.isdir(source) else shutil.copy2)(source, target + ".part")
+            if os.path.isdir(source):  # state.pt is for going on, and this has ended
+                shutil.copytree(source, target + ".part", ignore=shutil.ignore_patterns("state.pt"))
+            else:
+                shutil.copy2(source, target + ".part")
             os.replace(target + ".part", target)
     print(f"from {base}: {', '.join(names) or 'nothing, the settings of its first stage differ'}")
     return names
 
 
-def run_stages(run):
-    """Every stage that has not left its result yet -> seconds of each, whether any worked."""
+def run_stages(run, until=None):
+    """Every stage that has not left its result yet, up to `until` -> seconds of each, whether any worked."""
     seconds_file = path(run, "seconds.json")
     seconds = {}
     if os.path.exists(seconds_file):
         with open(seconds_file) as f:
             seconds = json.load(f)
     worked = False
-    for number, (name, result, stage) in enumerate(STAGES, 1):
+    last = [name for name, _, _ in STAGES].index(until or STAGES[-1][0])
+    for number, (name, result, stage) in enumerate(STAGES[:last + 1], 1):
         if name != "data" and not hasattr(run, "enc"):
             run.__dict__.update(open_run(run.folder).__dict__)
         if os.path.exists(path(run, result)):
@@ -373,8 +381,10 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto"):
-    """Every stage with these settings in the folder `out`, then the report. base: a run's folder whose stages may be taken over."""
+def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto", until=None):
+    """Every stage with these settings in the folder `out`, then the report; or the stages up to `until`, and no report.
+
+    base: a run's folder whose stages may be taken over."""
     config = {"preset": name, "seed": seed, "posts": posts, "comparisons": comparisons, "base": base,
               "settings": dataclasses.asdict(settings)}
     if base is not None:
@@ -385,17 +395,19 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
     run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), posts_file=posts,
                           comparisons_file=comparisons)
     try:
-        seconds, worked = run_stages(run)
+        seconds, worked = run_stages(run, until)
     except DataError:
         if not os.path.exists(path(run, "data", "lengths.json")):  # nothing was begun: other settings may take the folder
             for file in ("config.json", "seconds.json"):
                 if os.path.exists(path(run, file)):
                     os.remove(path(run, file))
         raise
-    evaluation.write_report(out, seconds, peak_memory() if worked else None)
+    if until is None:
+        evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
 def main():
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS: return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
