@@ -12,7 +12,7 @@ References: Stiennon 2020 §4.3-4.4, appendices G.6 and G.7; Ziegler 2019 §4 an
 Measuring comes first, in functions of texts, folders and labelers; drawing comes behind it and reads nothing but measured rows.
 Every rate stands beside its number n and a 95 % bootstrap interval lo to hi, in which posts are drawn whole.
 """
-import json
+import itertools
 import os
 import random
 import re
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 import world
-from data import decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key, write_atomic
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, bootstrap_ci, copy_fraction, elo, lead3, new_figure, read_samples,
+from data import decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, copy_fraction, elo, lead3, new_figure, read_samples,
                         save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
 from sft import SFTSettings, load_model, open_run, train_lm
@@ -31,12 +31,24 @@ from sft import SFTSettings, load_model, open_run, train_lm
 STRANGERS = 10**6  # added to a labeler's seed: workers with other weights, whose labels nothing was trained on
 
 
-def rate(values, clusters=None):
-    """{mean, lo, hi, n} of values, drawn by cluster; None where there are none."""
-    if not len(values):
-        return {"mean": None, "lo": None, "hi": None, "n": 0}
-    lo, hi = bootstrap_ci(values, clusters, draws=1000)
-    return {"mean": float(np.mean(values)), "lo": lo, "hi": hi, "n": len(values)}
+def rate(values, posts, seeds, draws=1000):
+    """{mean, lo, hi, n} of values [N] of these posts and seeds: the bootstrap draws whole posts and, of several, whole seeds."""
+    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    weights = np.ones((draws, len(values)))
+    for names in (posts, seeds):
+        kinds, index = np.unique(np.asarray(names), return_inverse=True)
+        weights *= rng.multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), draws)[:, index]
+    weights = weights[weights.sum(1) > 0]
+    lo, hi = np.percentile(weights @ values / weights.sum(1), [2.5, 97.5])
+    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
+
+
+def summarise(units, *keys):
+    """Units, dicts of value, post, seed and these keys -> a table with one row for each combination of the keys."""
+    groups = defaultdict(list)
+    for unit in units:
+        groups[tuple(unit[key] for key in keys)].append((unit["value"], unit["post"], unit["seed"]))
+    return [dict(zip(keys, group)) | rate(*zip(*members)) for group, members in groups.items()]
 
 
 def labeler_of(run, seed=None, **changes):
@@ -79,6 +91,10 @@ def replace_value(text, old, new):
     return re.sub(rf"\b{old}\b", new, text)
 
 
+def another(rng, slot, value):
+    return rng.choice([v for v in world.SLOTS[slot] if v != value])
+
+
 def correct(rng, post, text):
     """One wrong fact of the writer put right: same length."""
     wrong = [(slot, value) for slot, value in world.read(text)[0] if value != post["facts"][slot]]
@@ -91,7 +107,7 @@ def plant(rng, post, text):
     right = [(slot, value) for slot, value in world.read(text)[0] if value == post["facts"][slot] and value_once(text, value)]
     if right:
         slot, value = rng.choice(right)
-        return text, replace_value(text, value, world._pick(rng, slot, value))
+        return text, replace_value(text, value, another(rng, slot, value))
 
 
 def state(text, facts, slot):
@@ -114,7 +130,7 @@ def add_fact(rng, post, text):
 
 def drop_wrong(rng, post, text):
     """A wrong statement dropped: shorter. (The statement is one that the text did not make, planted by us.)"""
-    facts = {slot: world._pick(rng, slot, value) if slot not in ("relation", "verb", "object") else value
+    facts = {slot: another(rng, slot, value) if slot not in ("relation", "verb", "object") else value
              for slot, value in post["facts"].items()}
     said = {slot for slot, _ in world.read(text)[0]}
     options = [new for slot in world.SLOTS if slot not in said for new in [state(text, facts, slot)] if new]
@@ -139,7 +155,7 @@ def reverse_roles(rng, post, text):
 
 
 def sentences(text):
-    return re.split(r"(?<=[.!?,])\s+", text.strip())
+    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def shuffle(parts, rng):
@@ -155,10 +171,10 @@ def text_probes(post, other, texts, rng):
 
     A probe is left out where the text offers no occasion for it, and an edit where the gold judge does not think it an improvement."""
     ref, sample, lead, title = texts["reference"], texts["sample"], lead3(post), post["title"]
-    story = re.split(r"(?<=[.!?])\s+", post["post"].strip())
+    story = sentences(post["post"])
     three = " ".join(story[i] for i in sorted(rng.sample(range(len(story)), min(3, len(story)))))
     stranger = rng.choice([d for d in world.DISTRACTORS if "{time2}" not in d])
-    irrelevant = stranger.format(**{slot + "2": world._pick(rng, slot, post["facts"][slot]) for slot in world.SLOTS})
+    irrelevant = stranger.format(**{slot + "2": another(rng, slot, post["facts"][slot]) for slot in world.SLOTS})
     edits = {"own wrong fact corrected": correct, "planted wrong fact corrected": plant, "missing fact added": add_fact,
              "wrong statement dropped": drop_wrong, "repetition dropped": drop_repetition}
     pairs = {name: edit(rng, post, sample) for name, edit in edits.items()}
@@ -172,14 +188,12 @@ def text_probes(post, other, texts, rng):
     return {name: p for name, p in pairs.items() if p and all(p) and p[0] != p[1]}
 
 
-EDITS = {"own wrong fact corrected": "same length", "planted wrong fact corrected": "same length", "missing fact added": "longer",
-         "wrong statement dropped": "shorter", "repetition dropped": "shorter"}
-PAPER_PROBES = {  # share that prefers the first: Stiennon tables 16 and 17, reward models of 1.3B and 6.7B, people
-    "edits: shorter": (.636, .660, .762), "edits: longer": (.868, .892, .886), "edits: all": (.812, .837, .856),
-    "roles not reversed": (.931, .974, None), "lead-3 not shuffled": (.681, .755, None), "rand-3 not shuffled": (.608, .761, None),
-    "title, not another post's": (.974, .985, None), "title once, not twice": (.846, .584, None),
-    '"what should i do?" not appended': (.343, .745, None), "reference, not lead-3": (.630, .564, None),
-    "reference, not rand-3": (.695, .595, None)}
+PAPER_PROBES = {  # share that prefers the first, in %: reward models of 1.3B and 6.7B, people (Stiennon, table 17 for edits, 16 for the rest)
+    "missing fact added": (86.8, 89.2, 88.6), "wrong statement dropped": (63.6, 66.0, 76.2), "repetition dropped": (63.6, 66.0, 76.2),
+    "roles not reversed": (93.1, 97.4, None), "lead-3 not shuffled": (68.1, 75.5, None), "rand-3 not shuffled": (60.8, 76.1, None),
+    "title, not another post's": (97.4, 98.5, None), "title once, not twice": (84.6, 58.4, None),
+    '"what should i do?" not appended': (34.3, 74.5, None), "reference, not lead-3": (63.0, 56.4, None),
+    "reference, not rand-3": (69.5, 59.5, None)}
 
 
 def probe_pairs(rows, seed):
@@ -191,29 +205,14 @@ def probe_pairs(rows, seed):
     return out
 
 
-def judge_probes(pairs, rewards, labeler):
-    """One row per pair of probe_pairs: does each reward model, the gold judge, a labeler prefer the first? rewards: {name: scores of
-    [first, second] [N, 2]}"""
-    out = []
-    for i, (name, post, a, b) in enumerate(pairs):
-        row = {"probe": name, "post": post_key(post), "gold": float(wins(world.utility(post, a), world.utility(post, b))),
-               "labelers": preference(labeler, post, a, b), "words": len(world.words(a)) - len(world.words(b))}
-        out.append(row | {f"rm {who}": float(wins(scores[i, 0], scores[i, 1])) for who, scores in rewards.items()})
-    return out
-
-
-def probe_table(judged):
-    """Share of judged pairs on which each judge prefers the text that should win, probe by probe; edits also taken together."""
-    groups = defaultdict(list)
-    for row in judged:
-        groups[row["probe"]].append(row)
-        if row["probe"] in EDITS:
-            for kind in (EDITS[row["probe"]], "all"):
-                groups[f"edits: {kind}"].append(row)
-    judges = sorted({key for row in judged for key in row if key.startswith("rm ")}) + ["gold", "labelers"]
-    return [{"probe": name, "judge": judge, **rate([row[judge] for row in have], [row["post"] for row in have]),
-             "words": float(np.mean([row["words"] for row in have]))}
-            for name, rows in groups.items() for judge in judges for have in [[row for row in rows if judge in row]]]
+def judge_probes(run, pairs, reward_models, labeler, seed):
+    """Units: does a judge prefer the first text of each of probe_pairs? A labeler counts with the probability that one does."""
+    asked, names, posts = [(post, t) for _, post, *texts in pairs for t in texts], [p[0] for p in pairs], [p[1] for p in pairs]
+    says = {"gold judge": [wins(world.utility(post, a), world.utility(post, b)) for _, post, a, b in pairs],
+            "labelers": [preference(labeler, post, a, b) for _, post, a, b in pairs]}
+    says |= {name: wins(*score_texts(run, model, asked).reshape(-1, 2).T) for name, model in reward_models.items()}
+    return [{"probe": name, "judge": judge, "value": float(value), "post": post_key(post), "seed": seed}
+            for judge, values in says.items() for name, post, value in zip(names, posts, values)]
 
 
 def length_bias(margin, gold_gap, log_ratio):
@@ -262,20 +261,24 @@ def rouge(texts, references, kinds=("rougeL",)):
     return np.array([[s[k].fmeasure for k in kinds] for t, r in zip(texts, references) for s in [scorer.score(r, t)]])
 
 
-def judge_pairs(run, pairs, sft, reward_models):
-    """{judge: signs [N]}: +1 where it prefers the first of (post, a, b), -1 the second, 0 where it sees no difference.
-
-    A labeler's name with a prime is the same population asked again."""
-    sides = [[(post, texts[k]) for post, *texts in pairs] for k in (0, 1)]
-
-    def sign(f):
-        return np.sign(np.round(np.subtract(*(np.asarray(f(side), float) for side in sides)), 9))
-
+def people_signs(run, pairs):
+    """{who: signs [N]}: +1 where a labeler prefers the first of (post, a, b), -1 the second; with a prime: the same population asked again."""
     own, strangers, three = labeler_of(run), labeler_of(run, run.config["seed"] + STRANGERS), labeler_of(run)
     own.rng, three.rng = random.Random("asked again"), random.Random("asked three times")  # not the very draws of the training labels
     signs = {name: np.array([1 - 2 * people.compare(*pair)[0] for pair in pairs])
              for name, people in (("labeler", own), ("labeler'", own), ("other labeler", strangers), ("other labeler'", strangers))}
     signs["majority of 3"] = np.array([np.sign(sum(1 - 2 * three.compare(*pair)[0] for _ in range(3))) for pair in pairs])
+    return signs
+
+
+def judge_pairs(run, pairs, sft, reward_models):
+    """{judge: signs [N]}: as people_signs, of every judge there is; 0 where it sees no difference."""
+    sides = [[(post, texts[k]) for post, *texts in pairs] for k in (0, 1)]
+
+    def sign(f):
+        return np.sign(np.round(np.subtract(*(np.asarray(f(side), float) for side in sides)), 9))
+
+    signs = people_signs(run, pairs)
     signs["gold judge"] = sign(lambda side: [world.utility(*x) for x in side])
     signs["length"] = sign(lambda side: [len(text.split()) for _, text in side])
     signs["copying"] = sign(lambda side: [copy_fraction(text, post["post"]) for post, text in side])
@@ -286,18 +289,17 @@ def judge_pairs(run, pairs, sft, reward_models):
     return signs
 
 
-def agreement_table(signs, posts):
-    """Share of pairs on which two judges prefer the same text; pairs without a difference for one of them are left out.
+def agreements(signs, posts, seed):
+    """Units: do two judges prefer the same text? Pairs in which one of them sees no difference are left out.
 
-    On the diagonal a labeler meets another of the population, every other judge itself."""
-    rows = []
-    names = [name for name in signs if not name.endswith("'")]
-    for a in names:
-        for b in names:
-            x, y = signs[a], signs[a + "'"] if a == b and a + "'" in signs else signs[b]
-            both = (x != 0) & (y != 0)
-            rows.append({"judge": a, "other": b, **rate((x == y)[both], np.asarray(posts)[both])})
-    return rows
+    On the diagonal a labeler meets another of the population; of the other judges each would meet itself, and has none."""
+    names, out = [name for name in signs if not name.endswith("'")], []
+    for a, b in itertools.combinations_with_replacement(names, 2):
+        x, y = signs[a], signs.get(a + "'", signs[a]) if a == b else signs[b]
+        if a != b or a + "'" in signs:
+            out += [{"judge": a, "other": b, "value": float(u == v), "post": post, "seed": seed}
+                    for u, v, post in zip(x, y, posts) if u and v]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,58 +336,61 @@ def bigram_matches(summary, source, bins=12, summary_words=36, source_words=72):
     return out
 
 
-def copying_rows(policies, posts, labeler):
-    """What Ziegler's tables ask of texts. policies: {name: one text per post}. -> (rows of the table, rows of the heat maps)"""
-    table, maps = [], []
-    keys, leads, refs = [post_key(p) for p in posts], [lead3(p) for p in posts], [p["summary"] for p in posts]
-    preamble = [behind_preamble(p) for p in posts]
+def copying_units(policies, posts, labeler, seed):
+    """Units of what Ziegler's tables ask of texts. policies: {name: one text per post}"""
+    keys, leads, refs, out = [post_key(p) for p in posts], [lead3(p) for p in posts], [p["summary"] for p in posts], []
+    preamble, rests = zip(*[behind_preamble(p) for p in posts])
     for name, texts in policies.items():
-        def add(measure, values, keep=None):
-            keep = [i for i in range(len(posts)) if keep is None or keep[i]]
-            table.append({"policy": name, "measure": measure, **rate([float(values[i]) for i in keep], [keys[i] for i in keep])})
+        claims, starts = [world.read(t)[0] for t in texts], [start_words(t) == start_words(p["post"]) for p, t in zip(posts, texts)]
+        right = [[value == p["facts"][slot] for slot, value in c] for p, c in zip(posts, claims)]
+        r1, r2, rl = rouge(texts, refs, ("rouge1", "rouge2", "rougeL")).T
+        gold = [world.utility(p, t) for p, t in zip(posts, texts)]
+        measures = {
+            "sentence novelty": [sentence_novelty(t, p["post"]) for p, t in zip(posts, texts)],
+            "bigrams copied": [copy_fraction(t, p["post"]) for p, t in zip(posts, texts)],
+            "stated facts that are right": right,  # one value per fact, not per summary
+            "summaries without a wrong fact": [len(r) > 0 and all(r) for r in right],
+            "copies the start": starts,
+            "copies the start, no preamble": [None if has else x for x, has in zip(starts, preamble)],
+            "copies the start, a preamble": [x if has else None for x, has in zip(starts, preamble)],
+            "copies what follows a preamble": [start_words(t) == start_words(rest) if has else None
+                                               for t, rest, has in zip(texts, rests, preamble)],
+            "ROUGE-1": r1, "ROUGE-2": r2, "ROUGE-L": rl, "words": [len(t.split()) for t in texts],
+            "preferred to lead-3 by the gold judge": wins(gold, [world.utility(p, t) for p, t in zip(posts, leads)]),
+            "preferred to the reference by the gold judge": wins(gold, [world.utility(p, t) for p, t in zip(posts, refs)]),
+            "preferred to lead-3 by its labelers": [preference(labeler, *x) for x in zip(posts, texts, leads)]}
+        out += [{"policy": name, "measure": measure, "value": float(v), "post": key, "seed": seed}
+                for measure, values in measures.items() for key, value in zip(keys, values)
+                for v in (value if isinstance(value, list) else [value]) if v is not None]
+    return out
 
-        pairs = list(zip(posts, texts))
-        right = [facts_right(p, t) for p, t in pairs]
-        add("sentence novelty", [sentence_novelty(t, p["post"]) for p, t in pairs])
-        add("bigrams copied", [copy_fraction(t, p["post"]) for p, t in pairs])
-        stated = [value == p["facts"][slot] for p, t in pairs for slot, value in world.read(t)[0]]
-        owner = [post_key(p) for p, t in pairs for _ in world.read(t)[0]]
-        table.append({"policy": name, "measure": "stated facts that are right", **rate(stated, owner)})
-        add("summaries without a wrong fact", [a == b and b > 0 for a, b in right])
-        starts = [start_words(t) == start_words(p["post"]) for p, t in pairs]
-        add("copies the start", starts)
-        add("copies the start, no preamble", starts, [not has for has, _ in preamble])
-        add("copies the start, a preamble", starts, [has for has, _ in preamble])
-        add("copies what follows a preamble", [start_words(t) == start_words(rest) for t, (_, rest) in zip(texts, preamble)],
-            [has for has, _ in preamble])
-        for k, kind in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L")):
-            add(kind, rouge(texts, refs, ("rouge1", "rouge2", "rougeL"))[:, k])
-        add("preferred to lead-3 by the gold judge", wins([world.utility(p, t) for p, t in pairs], [world.utility(p, t) for p, t in zip(posts, leads)]))
-        add("preferred to lead-3 by labelers", [preference(labeler, p, t, lead) for (p, t), lead in zip(pairs, leads)])
-        add("preferred to reference by the gold judge", wins([world.utility(p, t) for p, t in pairs], [world.utility(p, r) for p, r in zip(posts, refs)]))
-        heat = sum(bigram_matches(t, p["post"]) for p, t in pairs) / len(posts)
-        maps += [{"policy": name, "summary_bin": i, "post_bin": j, "matches": float(heat[i, j]), "n": len(posts)}
-                 for i in range(len(heat)) for j in range(len(heat))]
-    return table, maps
+
+def match_map(texts, posts):
+    """Mean of bigram_matches over summaries."""
+    return sum(bigram_matches(t, p["post"]) for t, p in zip(texts, posts)) / len(posts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # supervised training on the labels, and judges who are strangers
 
-def most_preferred(comparisons):
-    """Of each post the summary that won the largest share of its comparisons: what all labels together say. -> [(post, text)]"""
-    won = defaultdict(lambda: defaultdict(list))
-    infos = {}
+def win_shares(comparisons):
+    """[(post, {summary: share of its comparisons that it won})]: what all labels of a post together say."""
+    won, posts = defaultdict(lambda: defaultdict(list)), {}
     for c in comparisons:
-        infos[post_key(c["info"])] = c["info"]
+        posts[post_key(c["info"])] = c["info"]
         for k, s in enumerate(c["summaries"]):
             won[post_key(c["info"])][s["text"].strip()].append(c["choice"] == k)
-    return [(infos[key], max(texts, key=lambda t: np.mean(texts[t]))) for key, texts in won.items()]
+    return [(posts[key], {text: float(np.mean(w)) for text, w in texts.items()}) for key, texts in won.items()]
 
 
-def preferred_samples(comparisons):
-    """The preferred sample of each comparison. -> [(post, text)]"""
-    return [(c["info"], c["summaries"][c["choice"]]["text"].strip()) for c in comparisons]
+def preferred(comparisons):
+    """Summaries that won more comparisons than they lost -> [(post, text)]"""
+    return [(post, text) for post, shares in win_shares(comparisons) for text, share in shares.items() if share > .5]
+
+
+def most_preferred(comparisons):
+    """The summary of each post that won the largest share -> [(post, text)]"""
+    return [(post, max(shares, key=shares.get)) for post, shares in win_shares(comparisons)]
 
 
 def best_samples(run, policy, reward_model, posts, temperature, n, generator):
@@ -412,54 +417,50 @@ def greedy_texts(run, policy, posts):
     return [decode_response(run.enc, ids) for ids in sample_responses(policy, [encode_query(run.enc, p, run.Q) for p in posts], run.R, 0, generator)]
 
 
-def win_rates(policies, posts, judges):
-    """Win rates over the reference. policies: {name: texts}; judges: {name: labeler, or None for the gold judge} -> rows"""
-    rows = []
-    for name, texts in policies.items():
-        for judge, people in judges.items():
-            w = [float(wins(world.utility(p, t), world.utility(p, p["summary"]))) if people is None else preference(people, p, t, p["summary"])
-                 for p, t in zip(posts, texts)]
-            rows.append({"policy": name, "judge": judge, **rate(w, [post_key(p) for p in posts])})
-    return rows
+def win_units(policies, posts, judges, seed):
+    """Units: is a policy's text preferred to the reference? policies: {name: texts}; judges: {name: labelers, or None for the gold judge}"""
+    return [{"policy": name, "judge": judge, "post": post_key(p), "seed": seed,
+             "value": float(wins(world.utility(p, t), world.utility(p, p["summary"]))) if people is None else preference(people, p, t, p["summary"])}
+            for name, texts in policies.items() for judge, people in judges.items() for p, t in zip(posts, texts)]
 
 
-def accuracy_by_judge(run, reward_model, comparisons, judges):
-    """How often a reward model prefers what labelers choose on held-out pairs of summaries. judges: {name: labeler} -> rows, and margins"""
-    held_out = [c for c in comparisons if c["split"] == "valid"]
-    pairs = [(c["info"], *(s["text"].strip() for s in c["summaries"])) for c in held_out]
-    scores = score_texts(run, reward_model, [(p, t) for p, *texts in pairs for t in texts]).reshape(-1, 2)
-    right = {name: [preference(people, *pair) if x > y else 1 - preference(people, *pair) if y > x else .5
-                    for pair, (x, y) in zip(pairs, scores)] for name, people in judges.items()}
-    return right, [post_key(p) for p, *_ in pairs]
+def accuracy_units(run, reward_model, comparisons, judges, seed):
+    """Units: how probably labelers choose what the reward model prefers on held-out pairs. The gold judge is the other model there.
+
+    judges: {name: labelers}"""
+    pairs = [(c["info"], *(s["text"].strip() for s in c["summaries"])) for c in comparisons if c["split"] == "valid"]
+    model = np.sign(np.subtract(*score_texts(run, reward_model, [(p, t) for p, *texts in pairs for t in texts]).reshape(-1, 2).T))
+    gold = np.sign([world.utility(p, a) - world.utility(p, b) for p, a, b in pairs])
+    out = []
+    for judge, people in judges.items():
+        first = np.array([preference(people, *pair) for pair in pairs])
+        for name, sign in (("reward model", model), ("gold judge", gold)):
+            out += [{"model": name, "judge": judge, "value": float(v), "post": post_key(p), "seed": seed}
+                    for v, (p, _, _) in zip(.5 + sign * (first - .5), pairs)]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the ladder
 
 def play(posts, policies, prefers):
-    """A round robin on every post: prefers(post, a, b) -> 1, ½ or 0. -> [(post index, winner, loser)], each game twice, a tie once each way
-
-    So a tie is half a win for both."""
-    names, games = list(policies), []
+    """A round robin on every post. prefers(post, a, b) -> 1, ½ or 0. -> for each post [(winner, loser)], a game twice, a tie once each way"""
+    games = [[] for _ in posts]
     for i, post in enumerate(posts):
-        for k, a in enumerate(names):
-            for b in names[:k]:
-                won = prefers(post, policies[a][i], policies[b][i])
-                games += [(i, a, b)] * int(2 * won) + [(i, b, a)] * int(2 - 2 * won)
+        for a, b in itertools.combinations(policies, 2):
+            won = prefers(post, policies[a][i], policies[b][i])
+            games[i] += [(a, b)] * int(2 * won) + [(b, a)] * int(2 - 2 * won)
     return games
 
 
-def elo_table(games, anchor, draws=200, seed=0):
-    """Elo ratings with 95 % bootstrap intervals over posts, the anchor's set to 1000. -> rows"""
-    by_post = defaultdict(list)
-    for i, winner, loser in games:
-        by_post[i].append((winner, loser))
-    by_post, rng = list(by_post.values()), np.random.default_rng(seed)
+def elo_table(games, anchor, draws=200):
+    """Elo ratings, the anchor's 1000, with 95 % bootstrap intervals over posts and seeds. games [seeds][posts] of play() -> rows"""
+    S, N, rng = len(games), len(games[0]), np.random.default_rng(0)
 
-    def fit(which):
-        ratings = elo(*zip(*[game for i in which for game in by_post[i]]))
+    def fit(seeds, posts):
+        ratings = elo(*zip(*[game for s in seeds for i in posts for game in games[s][i]]))
         return {name: r - ratings[anchor] + 1000 for name, r in ratings.items()}
 
-    point, many = fit(range(len(by_post))), [fit(rng.integers(0, len(by_post), len(by_post))) for _ in range(draws)]
+    point, many = fit(range(S), range(N)), [fit(rng.integers(0, S, S), rng.integers(0, N, N)) for _ in range(draws)]
     return [{"policy": name, "elo": r, "lo": float(np.percentile([m[name] for m in many], 2.5)),
-             "hi": float(np.percentile([m[name] for m in many], 97.5)), "n": len(by_post)} for name, r in sorted(point.items(), key=lambda kv: kv[1])]
+             "hi": float(np.percentile([m[name] for m in many], 97.5)), "n": S * N} for name, r in sorted(point.items(), key=lambda kv: kv[1])]
