@@ -28,6 +28,7 @@ import numpy as np
 
 from data import DataError, write_atomic
 from evaluation import BLUE, GREEN, GREY, LABELS, ORANGE, length_controlled_win_rate, new_figure, read_samples, save_figure, wins
+import probes
 import world
 from run import preset, run_pipeline
 from sft import Parser, run_main
@@ -87,7 +88,8 @@ def until_stages(changes, *stages):
 
 
 def base(lab, size="default", **changes):
-    return make(lab, size, "sft", lab.seeds[0], size, changes)
+    below = base(lab, size) if until_stages(changes, "sft") == changes != {} else None  # another SFT model of the same pretrained one
+    return make(lab, size, "sft", lab.seeds[0], size, changes, below)
 
 
 def labelled(lab, seed, size="default", **changes):
@@ -237,6 +239,16 @@ FIGURES = [
     Figure("preference", "Preference over the references by model size (Stiennon 2020, figure 1)", measure_preference, draw_preference,
            caption_preference, 9),
     Figure("axes", "Quality by axis (Stiennon 2020, figure 3)", measure_axes, draw_axes, caption_axes, 0.2),
+    Figure("probes", "Probes of reward models (Stiennon 2020, tables 16 and 17)", probes.measure_probes, probes.draw_probes,
+           probes.caption_probes, 1),
+    Figure("agreement", "Who agrees with whom (Stiennon 2020, tables 20 and 22)", probes.measure_agreement, probes.draw_agreement,
+           probes.caption_agreement, 1),
+    Figure("copying", "Novelty, accuracy and where summaries copy from (Ziegler 2019, tables and pictures of copying)", probes.measure_copying,
+           probes.draw_copying, probes.caption_copying, 8),
+    Figure("critics", "The same labels without PPO, and judges who did not train it (asked by critics; InstructGPT 2022, section 4.1)",
+           probes.measure_critics, probes.draw_critics, probes.caption_critics, 3),
+    Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
+           probes.draw_ladder, probes.caption_ladder, 1),
 ]
 
 

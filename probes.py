@@ -26,7 +26,7 @@ from data import decode_response, encode_query, encode_response, load_comparison
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, copy_fraction, elo, lead3, new_figure, read_samples,
                         save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
-from sft import SFTSettings, load_model, open_run, train_lm
+from sft import SFTSettings, load_model, open_run, pick_device, train_lm
 
 STRANGERS = 10**6  # added to a labeler's seed: workers with other weights, whose labels nothing was trained on
 
@@ -188,6 +188,10 @@ def text_probes(post, other, texts, rng):
     return {name: p for name, p in pairs.items() if p and all(p) and p[0] != p[1]}
 
 
+ORDER = ["planted wrong fact corrected", "own wrong fact corrected", "missing fact added", "wrong statement dropped", "repetition dropped",
+         "empty phrase dropped", "roles not reversed", "words not shuffled", "lead-3 not shuffled", "rand-3 not shuffled",
+         "nothing irrelevant appended", '"what should i do?" not appended', "title, not another post's", "title once, not twice",
+         "reference, not title", "reference, not lead-3", "reference, not rand-3"]
 PAPER_PROBES = {  # share that prefers the first, in %: reward models of 1.3B and 6.7B, people (Stiennon, table 17 for edits, 16 for the rest)
     "missing fact added": (86.8, 89.2, 88.6), "wrong statement dropped": (63.6, 66.0, 76.2), "repetition dropped": (63.6, 66.0, 76.2),
     "roles not reversed": (93.1, 97.4, None), "lead-3 not shuffled": (68.1, 75.5, None), "rand-3 not shuffled": (60.8, 76.1, None),
@@ -226,6 +230,14 @@ def length_bias(margin, gold_gap, log_ratio):
         p = 1 / (1 + np.exp(-X @ theta))
         theta = theta + np.linalg.solve((X * (p * (1 - p))[:, None]).T @ X + 1e-3 * np.eye(2), X.T @ (y - p) - 1e-3 * theta)
     return [float(t) for t in theta]
+
+
+def length_units(pairs, signs, seed):
+    """Units: is the longer text of (post, a, b) the preferred one? Of all pairs, and of those that the gold judge finds equal."""
+    longer, gold = (np.sign([f(p, a) - f(p, b) for p, a, b in pairs]) for f in (lambda p, t: len(t.split()), world.utility))
+    return [{"judge": judge, "pairs": which, "value": float(x == l) if x else .5, "post": post_key(p), "seed": seed}
+            for judge, sign in signs.items() for x, l, g, (p, _, _) in zip(sign, longer, gold, pairs) if l
+            for which in (["all"] if g else ["all", "equal to the gold judge"])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,21 +335,24 @@ def behind_preamble(post):
     return False, post["post"]
 
 
-def bigram_matches(summary, source, bins=12, summary_words=36, source_words=72):
-    """Where bigrams of the summary stand in the source: counts [position in summary, position in source], positions in words cut into
-    bins of summary_words / bins and source_words / bins; what lies beyond counts in the last one. (Ziegler's picture of copying)"""
+BINS, SUMMARY_WORDS, SOURCE_WORDS = 12, 36, 72  # of the heat maps
+
+
+def bigram_matches(summary, source):
+    """Where bigrams of the summary stand in the source: counts [position in summary, position in source] in BINS stretches of SUMMARY_WORDS
+    and of SOURCE_WORDS words; what lies beyond counts in the last one. (Ziegler's picture of copying)"""
     a, b = world.words(summary), world.words(source)
-    at, out = defaultdict(list), np.zeros((bins, bins))
+    at, out = defaultdict(list), np.zeros((BINS, BINS))
     for j, pair in enumerate(zip(b, b[1:])):
         at[pair].append(j)
     for i, pair in enumerate(zip(a, a[1:])):
         for j in at[pair]:
-            out[min(bins - 1, i * bins // summary_words), min(bins - 1, j * bins // source_words)] += 1
+            out[min(BINS - 1, i * BINS // SUMMARY_WORDS), min(BINS - 1, j * BINS // SOURCE_WORDS)] += 1
     return out
 
 
-def copying_units(policies, posts, labeler, seed):
-    """Units of what Ziegler's tables ask of texts. policies: {name: one text per post}"""
+def copying_units(policies, posts, judges, seed):
+    """Units of what Ziegler's tables ask of texts. policies: {name: one text per post}; judges: {name: labelers}"""
     keys, leads, refs, out = [post_key(p) for p in posts], [lead3(p) for p in posts], [p["summary"] for p in posts], []
     preamble, rests = zip(*[behind_preamble(p) for p in posts])
     for name, texts in policies.items():
@@ -358,7 +373,7 @@ def copying_units(policies, posts, labeler, seed):
             "ROUGE-1": r1, "ROUGE-2": r2, "ROUGE-L": rl, "words": [len(t.split()) for t in texts],
             "preferred to lead-3 by the gold judge": wins(gold, [world.utility(p, t) for p, t in zip(posts, leads)]),
             "preferred to the reference by the gold judge": wins(gold, [world.utility(p, t) for p, t in zip(posts, refs)]),
-            "preferred to lead-3 by its labelers": [preference(labeler, *x) for x in zip(posts, texts, leads)]}
+            **{f"preferred to lead-3 by {who}": [preference(people, *x) for x in zip(posts, texts, leads)] for who, people in judges.items()}}
         out += [{"policy": name, "measure": measure, "value": float(v), "post": key, "seed": seed}
                 for measure, values in measures.items() for key, value in zip(keys, values)
                 for v in (value if isinstance(value, list) else [value]) if v is not None]
@@ -402,9 +417,9 @@ def best_samples(run, policy, reward_model, posts, temperature, n, generator):
 
 
 def train_supervised(run, rows, out, device, epochs=1):
-    """The SFT model trained on by SFT's own recipe on rows [(post, text)]. -> the model; a finished folder is read, not trained again"""
+    """The SFT model trained on by SFT's own recipe on rows() = [(post, text)]. -> the model; what lies in `out` is not trained again"""
     if not os.path.exists(os.path.join(out, "model.safetensors")):
-        posts, texts = zip(*rows)
+        posts, texts = zip(*rows())
         data = [encode_query(run.enc, p, run.Q) for p in posts], [encode_response(run.enc, t, run.R) for t in texts]
         settings = SFTSettings(**run.config["settings"]["sft"] | {"choose": "last", "epochs": epochs})
         train_lm(load_model(os.path.join(run.folder, "sft"), device), data, [x[:100] for x in data], settings, out, run.config["seed"], name="supervised")
@@ -464,3 +479,436 @@ def elo_table(games, anchor, draws=200):
     point, many = fit(range(S), range(N)), [fit(rng.integers(0, S, S), rng.integers(0, N, N)) for _ in range(draws)]
     return [{"policy": name, "elo": r, "lo": float(np.percentile([m[name] for m in many], 2.5)),
              "hi": float(np.percentile([m[name] for m in many], 97.5)), "n": S * N} for name, r in sorted(point.items(), key=lambda kv: kv[1])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the figures: what is measured of which runs. lab is figures.make_lab()'s; -> {"tables": {name: rows}, "facts": {name: number}}
+
+RM_SIZES = {"small": "reward model, half the width", "default": "reward model"}
+
+
+def reward_models(lab, seed, device):
+    return {name: load_model(os.path.join(lab.labelled(seed, size), "reward"), device, "scalar") for size, name in RM_SIZES.items()}
+
+
+def generator_of(run):
+    return torch.Generator().manual_seed(run.config["seed"])
+
+
+def temperature_of(run):
+    return run.config["settings"]["ppo"]["temperature"]
+
+
+def sampled_pairs(run, stage, device):
+    """Pairs of samples of one of the run's policies, for posts nothing was trained on."""
+    return sample_pairs(run, load_model(os.path.join(run.folder, stage), device), run.posts["test"] + run.posts["held_out"],
+                        temperature_of(run), generator_of(run))
+
+
+def facts_of(lab, posts, seeds=None):
+    return {"posts": len(posts), "seeds": len(seeds or lab.seeds)}
+
+
+def measure_probes(lab):
+    units, lengths, device = [], [], pick_device(lab.device)
+    for seed in lab.seeds:
+        run, models = open_run(lab.finished(seed)), reward_models(lab, seed, device)
+        rows, people = read_samples(run.folder), labeler_of(run)
+        units += judge_probes(run, probe_pairs(rows, seed), models, people, seed)
+        pairs = sampled_pairs(run, "sft", device)
+        asked = [(p, t) for p, *texts in pairs for t in texts]
+        signs = {name: np.sign(np.subtract(*score_texts(run, model, asked).reshape(-1, 2).T)) for name, model in models.items()}
+        signs["labelers"] = people_signs(run, pairs)["labeler"]
+        lengths += length_units(pairs, signs, seed)
+    return {"tables": {"probes": summarise(units, "probe", "judge"), "length": summarise(lengths, "judge", "pairs")},
+            "facts": facts_of(lab, rows)}
+
+
+def measure_agreement(lab):
+    units, device = [], pick_device(lab.device)
+    for seed in lab.seeds:
+        run, models = open_run(lab.finished(seed)), reward_models(lab, seed, device)
+        sft = load_model(os.path.join(run.folder, "sft"), device)
+        for stage in ("sft", "ppo"):
+            pairs = sampled_pairs(run, stage, device)
+            found = agreements(judge_pairs(run, pairs, sft, models), [post_key(p) for p, _, _ in pairs], seed)
+            units += [{"samples": stage, **unit} for unit in found]
+    return {"tables": {"agreement": summarise(units, "samples", "judge", "other")},
+            "facts": facts_of(lab, run.posts["test"] + run.posts["held_out"])}
+
+
+COPY_BIAS = 25.0  # key facts that a summary copied whole is worth to the copying labelers
+UNSUPERVISED = {"sft.lr": 1e-12}  # an SFT stage that changes nothing: PPO and reward model start from the pretrained model
+
+
+def measure_copying(lab):
+    units, maps, device, seeds = [], defaultdict(list), pick_device(lab.device), lab.seeds[:2]
+    for seed in seeds:
+        folders = {(start, labels): lab.finished(seed, until="ppo", **how, **bias)
+                   for labels, bias in (("honest", {}), ("copying", {"collect.copy_bias": COPY_BIAS}))
+                   for start, how in (("fine-tuned", UNSUPERVISED), ("supervised + fine-tuned", {}))}
+        run = open_run(folders["supervised + fine-tuned", "honest"])
+        posts = run.posts["test"]
+        policies = {"reference": [p["summary"] for p in posts], "lead-3": [lead3(p) for p in posts]}
+        for name, stage in (("zero-shot", "pretrained"), ("supervised", "sft")):
+            policies[name] = greedy_texts(run, load_model(os.path.join(run.folder, stage), device), posts)
+        for (start, labels), folder in folders.items():
+            policies[f"{start}, {labels}"] = greedy_texts(run, load_model(os.path.join(folder, "ppo"), device), posts)
+        judges = {"honest labelers": labeler_of(run), "copying labelers": labeler_of(run, copy_bias=COPY_BIAS)}
+        units += copying_units(policies, posts, judges, seed)
+        for name, texts in policies.items():
+            maps[name].append(match_map(texts, posts))
+    heat = [{"policy": name, "summary_bin": i, "post_bin": j, "matches": float(x), "n": len(posts) * len(seeds)}
+            for name, of_seeds in maps.items() for (i, j), x in np.ndenumerate(np.mean(of_seeds, 0))]
+    table = summarise(units, "policy", "measure")
+    novelty = {r["policy"]: r["mean"] for r in table if r["measure"] == "sentence novelty"}
+    ratio = {f"novelty_ratio_{start}": novelty[f"{start}, copying"] / max(novelty[f"{start}, honest"], 1e-9)
+             for start in ("fine-tuned", "supervised + fine-tuned")}
+    return {"tables": {"texts": table, "bigrams": heat}, "facts": facts_of(lab, posts, seeds) | ratio | {"copy_bias": COPY_BIAS}}
+
+
+BEST_OF = 8  # samples of each labelled post from which the reward model chooses what supervised training imitates
+
+
+def supervised_rivals(lab, run, seed, device):
+    """SFT models trained on with the labels that PPO's reward model had. -> {name: model}"""
+    comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
+    train = [c for c in comparisons if c["split"] == "train"]
+    sft, reward_model = (load_model(os.path.join(run.folder, name), device, head) for name, head in (("sft", "lm"), ("reward", "scalar")))
+    rows = {"preferred": lambda: preferred(train), "most-preferred": lambda: most_preferred(train),
+            "best-of-n": lambda: best_samples(run, sft, reward_model, [p for p, _ in win_shares(train)], temperature_of(run), BEST_OF,
+                                              generator_of(run))}
+    return {name: train_supervised(run, texts, os.path.join(lab.out, "runs", f"supervised-{name}-seed{seed}"), device)
+            for name, texts in rows.items()}, train
+
+
+def measure_critics(lab):
+    rates, accuracy, device = [], [], pick_device(lab.device)
+    for seed in lab.seeds:
+        run = open_run(lab.finished(seed))
+        rows = read_samples(run.folder)
+        posts = [row["post"] for row in rows]
+        models, train = supervised_rivals(lab, run, seed, device)
+        policies = {name: [row["policies"][name]["text"] for row in rows] for name in ("sft", "best_of_n", "ppo")}
+        policies |= {name: greedy_texts(run, model, posts) for name, model in models.items()}
+        judges = {"training labelers": labeler_of(run), "other labelers": labeler_of(run, run.config["seed"] + STRANGERS)}
+        rates += win_units(policies, posts, {"gold judge": None} | judges, seed)
+        comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
+        accuracy += accuracy_units(run, load_model(os.path.join(run.folder, "reward"), device, "scalar"), comparisons, judges, seed)
+    return {"tables": {"win-rates": summarise(rates, "policy", "judge"), "accuracy": summarise(accuracy, "model", "judge")},
+            "facts": facts_of(lab, posts) | {"labels": len(train)}}
+
+
+def measure_ladder(lab):
+    games, units, device = {"gold judge": [], "labelers": []}, [], pick_device(lab.device)
+    for seed in lab.seeds:
+        run = open_run(lab.finished(seed))
+        rows, small = read_samples(run.folder), read_samples(lab.finished(seed, "small"))
+        posts = [row["post"] for row in rows]
+        policies = {name: [row["policies"][name]["text"] for row in rows] for name in rows[0]["policies"]}
+        policies |= {f"{name}, small": [row["policies"][name]["text"] for row in small] for name in ("sft", "ppo")}
+        policies |= {name: greedy_texts(run, model, posts) for name, model in supervised_rivals(lab, run, seed, device)[0].items()}
+        people = labeler_of(run)
+        people.rng = random.Random(f"ladder-{seed}")
+        games["gold judge"].append(play(posts, policies, lambda p, a, b: float(wins(world.utility(p, a), world.utility(p, b)))))
+        games["labelers"].append(play(posts, policies, lambda p, a, b: .5 if a == b else 1.0 - people.compare(p, a, b)[0]))
+        every = [(p, policies[a][i], policies[b][i]) for i, p in enumerate(posts) for a, b in itertools.combinations(policies, 2)
+                 if policies[a][i] != policies[b][i] and policies[a][i] and policies[b][i]]
+        for which, pairs in (("two SFT samples", sampled_pairs(run, "sft", device)), ("two policies", every)):
+            signs = people_signs(run, pairs) | {"gold judge": np.sign([world.utility(p, a) - world.utility(p, b) for p, a, b in pairs])}
+            units += [{"pairs": which, **unit} for unit in agreements(signs, [post_key(p) for p, _, _ in pairs], seed)]
+    return {"tables": {"elo": [{"judge": judge, **row} for judge, played in games.items()
+                               for row in elo_table(played, "reference", 50 if lab.quick else 200)],
+                       "agreement": summarise(units, "pairs", "judge", "other")}, "facts": facts_of(lab, posts)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing, from measured rows alone
+
+PURPLE, SKY = "#CC79A7", "#56B4E9"  # of Okabe and Ito's colours too
+
+
+def percent_axis(ax, which="x"):
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+
+
+def point(ax, x, y, row, colour, marker, label=None, key="mean", across=True, size=5):
+    """A mean with its interval, lying (across) or standing."""
+    low, high = max(0, row[key] - row["lo"]), max(0, row["hi"] - row[key])
+    ax.errorbar(row[key] if across else x, y if across else row[key], **{"xerr" if across else "yerr": [[low], [high]]}, color=colour,
+                marker=marker, ms=size, ls="", capsize=2, lw=1.2, label=label)
+
+
+def draw_probes(measured, path):
+    rows = {(r["probe"], r["judge"]): r for r in measured["tables"]["probes"]}
+    probes = list(dict.fromkeys(probe for probe, _ in rows))
+    probes = [p for p in ORDER if p in probes]
+    figure, ((ax, right),) = new_figure(columns=2, width=5.6, height=7.2)
+    judges = [("gold judge", GREY, "D"), ("labelers", GREEN, "s"), (RM_SIZES["small"], ORANGE, "^"), (RM_SIZES["default"], BLUE, "o")]
+    for i, probe in enumerate(probes):
+        for k, (judge, colour, marker) in enumerate(judges):
+            if (probe, judge) in rows:
+                point(ax, None, -i - .16 * (k - 1.5), rows[probe, judge], colour, marker, judge if i == 0 else None, size=4)
+        for x, sign, label in zip(PAPER_PROBES.get(probe, ()), ("1", "2", "$h$"), ("paper, 1.3B", "paper, 6.7B", "paper, people")):
+            if x is not None:
+                ax.plot(x / 100, -i + .38, marker={"1": "v", "2": "v", "$h$": "*"}[sign], color={"1": SKY, "2": RED, "$h$": PURPLE}[sign], ls="",
+                        ms=6 if sign == "$h$" else 4, label=label if probe == "missing fact added" else None)
+    for i in range(len(probes) - 1):
+        ax.axhline(-i - .5, color=GREY, lw=.3)
+    ax.set_yticks([-i for i in range(len(probes))], probes)
+    ax.axvline(.5, color=GREY, ls="--", lw=1)
+    ax.set(xlabel="share of pairs on which the text named first is preferred", xlim=(-.03, 1.03), ylim=(-len(probes) + .4, .6))
+    percent_axis(ax)
+    ax.grid(axis="y", visible=False)
+    ax.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-.75, 1), fontsize=8, columnspacing=1, handletextpad=.3)
+    lengths = measured["tables"]["length"]
+    for i, judge in enumerate(dict.fromkeys(r["judge"] for r in lengths)):
+        for k, (which, colour, marker) in enumerate((("all", GREY, "D"), ("equal to the gold judge", BLUE, "o"))):
+            for row in lengths:
+                if (row["judge"], row["pairs"]) == (judge, which):
+                    point(right, None, -i - .2 * (k - .5), row, colour, marker, {"all": "all pairs"}.get(which, "pairs " + which) if i == 0 else None)
+    names = list(dict.fromkeys(r["judge"] for r in lengths))
+    right.set_yticks([-i for i in range(len(names))], [n.replace(", ", ",\n") for n in names])
+    right.axvline(.5, color=GREY, ls="--", lw=1)
+    right.set(xlabel="share of pairs of SFT samples on which\nthe longer one is preferred", xlim=(0, 1), ylim=(-len(names) + .4, .6))
+    percent_axis(right)
+    right.legend(frameon=False, loc="lower left", bbox_to_anchor=(-.1, 1), fontsize=8)
+    right.set_box_aspect(.6)
+    save_figure(figure, path)
+
+
+def draw_agreement(measured, path):
+    rows = measured["tables"]["agreement"]
+    figure, (axes,) = new_figure(columns=2, width=7.6, height=6.6)
+    for ax, stage in zip(axes, ("sft", "ppo")):
+        mine = {(r["judge"], r["other"]): r for r in rows if r["samples"] == stage}
+        names = list(dict.fromkeys(name for pair in mine for name in pair))
+        cells = np.full((len(names), len(names)), np.nan)
+        for (a, b), r in mine.items():
+            i, j = names.index(a), names.index(b)
+            if r["mean"] is not None:
+                cells[i, j] = cells[j, i] = 100 * r["mean"]
+        shown = ax.imshow(np.ma.masked_invalid(cells), cmap="PuOr_r", vmin=0, vmax=100)
+        for i, j in itertools.product(range(len(names)), repeat=2):
+            if cells[i, j] == cells[i, j]:
+                r = mine.get((names[i], names[j])) or mine[names[j], names[i]]
+                half = 50 * (r["hi"] - r["lo"])
+                ax.text(j, i, f"{cells[i, j]:.0f}\n±{half:.0f}", ha="center", va="center", fontsize=7,
+                        color="white" if abs(cells[i, j] - 50) > 35 else "black", linespacing=.9)
+        ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        ax.set_yticks(range(len(names)), names if stage == "sft" else [""] * len(names))
+        ax.set_title({"sft": "two samples of the SFT policy", "ppo": "two samples of the PPO policy"}[stage])
+        ax.grid(visible=False)
+        figure.colorbar(shown, ax=ax, shrink=.8, label="pairs on which both prefer the same text (%)")
+    save_figure(figure, path)
+
+
+def label_copying(name):
+    return name + " labelers" * (", " in name)
+
+
+def draw_copying(measured, path):
+    rows = {(r["policy"], r["measure"]): r for r in measured["tables"]["texts"]}
+    names = list(dict.fromkeys(policy for policy, _ in rows))
+    figure, axes = new_figure(columns=4, rows=3, width=4.1, height=3.6)
+    panels = [
+        ("sentences not in the post", [("sentence novelty", BLUE, "o", None)]),
+        ("accuracy", [("stated facts that are right", BLUE, "o", "of stated facts, right"),
+                      ("summaries without a wrong fact", ORANGE, "^", "of summaries, without a wrong fact")]),
+        ("first three words are copied", [("copies the start, no preamble", GREY, "D", "the post's, no preamble"),
+                                          ("copies the start, a preamble", ORANGE, "^", "the post's, a preamble"),
+                                          ("copies what follows a preamble", BLUE, "o", "those behind the preamble")]),
+        ("preferred to lead-3; ROUGE-L with the reference",
+         [("preferred to lead-3 by the gold judge", GREY, "D", "by the gold judge"),
+          ("preferred to lead-3 by honest labelers", BLUE, "o", "by honest labelers"),
+          ("preferred to lead-3 by copying labelers", ORANGE, "^", "by copying labelers"),
+          ("ROUGE-L", PURPLE, "s", "ROUGE-L (F1)")])]
+    for k, (ax, (title, series)) in enumerate(zip(axes[0], panels)):
+        for m, (measure, colour, marker, label) in enumerate(series):
+            for i, name in enumerate(names):
+                if rows.get((name, measure), {}).get("mean") is not None:
+                    point(ax, None, -i - .16 * (m - (len(series) - 1) / 2), rows[name, measure], colour, marker, label if i == 0 else None, size=4)
+        ax.set_yticks([-i for i in range(len(names))], [label_copying(n) for n in names] if k == 0 else [""] * len(names))
+        ax.set(xlabel=title, xlim=(-.04, 1.04), ylim=(-len(names) + .4, .6))
+        percent_axis(ax)
+        if len(series) > 1:
+            ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
+    heat = measured["tables"]["bigrams"]
+    top = max(np.quantile([r["matches"] for r in heat], .995), 1e-9)
+    bins = 1 + max(r["post_bin"] for r in heat)
+    for ax, name in zip(axes[1:].flat, names):
+        cells = np.zeros((bins, bins))
+        for r in heat:
+            if r["policy"] == name:
+                cells[r["summary_bin"], r["post_bin"]] = r["matches"]
+        shown = ax.imshow(cells, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=top, extent=(0, SOURCE_WORDS, 0, SUMMARY_WORDS))
+        ax.set_title(label_copying(name), fontsize=9)
+        ax.set(xlabel="word of the post", ylabel="word of the summary")
+        ax.grid(visible=False)
+        figure.colorbar(shown, ax=ax, label="bigram matches per summary")
+    save_figure(figure, path)
+
+
+RIVALS = {"sft": "SFT", "preferred": "SFT on samples that\nwon more than they lost", "most-preferred": "SFT on each post's\nmost preferred sample",
+          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}", "best_of_n": "best of n,\nnot trained on", "ppo": "PPO"}
+JUDGES = (("gold judge", GREY, "D"), ("training labelers", BLUE, "o"), ("other labelers", ORANGE, "^"))
+
+
+def draw_critics(measured, path):
+    rows = {(r["policy"], r["judge"]): r for r in measured["tables"]["win-rates"]}
+    figure, ((left, right),) = new_figure(columns=2, width=6, height=4)
+    names = [name for name in RIVALS if (name, "gold judge") in rows]
+    for k, (judge, colour, marker) in enumerate(JUDGES):
+        for i, name in enumerate(names):
+            point(left, i + .2 * (k - 1), None, rows[name, judge], colour, marker, judge if i == 0 else None, across=False)
+    left.axhline(.5, color=GREY, ls="--", lw=1)
+    left.set_xticks(range(len(names)), [RIVALS[n] for n in names], fontsize=7)
+    left.set(ylabel="share of posts preferred\nto the reference", ylim=(0, 1.02), xlim=(-.5, len(names) - .5))
+    percent_axis(left, "y")
+    left.legend(frameon=False, loc="upper left", fontsize=8)
+    accuracy = {(r["model"], r["judge"]): r for r in measured["tables"]["accuracy"]}
+    for k, (judge, colour, marker) in enumerate(JUDGES[1:]):
+        for i, model in enumerate(("reward model", "gold judge")):
+            point(right, i + .2 * (k - .5), None, accuracy[model, judge], colour, marker, judge if i == 0 else None, across=False)
+    right.set_xticks((0, 1), ("reward model", "gold judge\n(what noise leaves)"))
+    right.axhline(.5, color=GREY, ls="--", lw=1)
+    right.set(ylabel="agreement with labels on held-out pairs", ylim=(.45, .85), xlim=(-.5, 1.5))
+    percent_axis(right, "y")
+    right.legend(frameon=False, fontsize=8, loc="upper left")
+    save_figure(figure, path)
+
+
+def ladder_name(name):
+    plain, _, size = name.partition(", ")
+    return RIVALS.get(plain, LABELS.get(plain, plain)).replace("\n", " ") + (f", {size} model" if size else "")
+
+
+def draw_ladder(measured, path):
+    rows = {(r["policy"], r["judge"]): r for r in measured["tables"]["elo"]}
+    names = [r["policy"] for r in measured["tables"]["elo"] if r["judge"] == "gold judge"]
+    figure, ((left, right),) = new_figure(columns=2, width=6, height=4.4)
+    for k, (judge, colour, marker) in enumerate((("gold judge", BLUE, "o"), ("labelers", ORANGE, "^"))):
+        for i, name in enumerate(names):
+            point(left, None, i - .2 * (k - .5), rows[name, judge], colour, marker, judge if i == 0 else None, key="elo")
+    left.axvline(1000, color=GREY, ls="--", lw=1)
+    left.set_yticks(range(len(names)), [ladder_name(n) for n in names])
+    left.set(xlabel="Elo rating (reference = 1000; 400 points are odds of 10 to 1)")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    agreement = {(r["pairs"], r["judge"], r["other"]): r for r in measured["tables"]["agreement"]}
+    kinds = [("labeler", "labeler"), ("labeler", "other labeler"), ("other labeler", "other labeler"), ("labeler", "gold judge"),
+             ("other labeler", "gold judge"), ("majority of 3", "gold judge")]
+    for k, (pairs, colour, marker) in enumerate((("two SFT samples", BLUE, "o"), ("two policies", ORANGE, "^"))):
+        for i, (a, b) in enumerate(kinds):
+            if (pairs, a, b) in agreement:
+                point(right, None, -i - .2 * (k - .5), agreement[pairs, a, b], colour, marker, f"on texts of {pairs}" if i == 0 else None)
+    right.set_yticks([-i for i in range(len(kinds))], [f"{a} and\n{'another' if a == b else b}" for a, b in kinds], fontsize=8)
+    right.set(xlabel="pairs on which both prefer the same text", xlim=(.5, 1))
+    percent_axis(right)
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captions: what the paper's picture looks like, what ours says, where they differ
+
+def find(measured, table, **where):
+    """The row of a table with these values, None where there is none."""
+    return next((r for r in measured["tables"][table] if all(r[k] == v for k, v in where.items())), None)
+
+
+def says(row):
+    """'61 % (57 to 65)' of a row"""
+    return "not measured" if row is None or row["mean"] is None else f"{100 * row['mean']:.0f} % ({100 * row['lo']:.0f} to {100 * row['hi']:.0f})"
+
+
+def basis(measured, what="posts"):
+    f = measured["facts"]
+    return (f"{f['posts']} {what}, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 % bootstrap "
+            "intervals over posts and seeds; n is in the tables.")
+
+
+def caption_probes(measured):
+    def rm(probe):
+        return says(find(measured, "probes", probe=probe, judge=RM_SIZES["default"]))
+
+    def length(judge):
+        return says(find(measured, "length", judge=judge, pairs="equal to the gold judge"))
+    return ("In the paper (Stiennon 2020, tables 16 and 17) reward models notice reversed roles (93 to 97 %), shuffled sentences (61 to 76 %) and "
+            "another post's title (97 to 99 %), like improving edits that lengthen (87 to 89 %; people 89 %) and much less those that "
+            "shorten (64 to 66 %; people 76 %; the paper's body gives other numbers than its tables, the tables are drawn here), and the smaller "
+            f"one likes a useless last question (34 %). Ours: adding a missing fact {rm('missing fact added')}, dropping a wrong statement "
+            f"{rm('wrong statement dropped')}, dropping a repetition {rm('repetition dropped')}, correcting a planted wrong fact "
+            f"{rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
+            f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. So ours notices which "
+            "kinds of facts are stated and hardly checks them against the post: that is where it differs from the paper. The comparisons that "
+            "it learned from seldom differ in wrong facts. Bias to length: where the gold judge sees no difference the longer of two SFT "
+            f"samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on {length('labelers')}. The world made the edits, and the judge "
+            "found each an improvement; he does not mind an empty phrase or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers "
+            "the first. " + basis(measured))
+
+
+def caption_agreement(measured):
+    def cell(stage, a, b):
+        return says(find(measured, "agreement", samples=stage, judge=a, other=b))
+    rm = RM_SIZES["default"]
+    return ("In the paper (Stiennon 2020, tables 20 and 22) labelers agree with another labeler on 69 %, with researchers on 78 %, with the 1.3B "
+            "and 6.7B reward models on 66 and 71 %, with length on 54 %, copying 58 %, ROUGE 58 %, log-probability 59 to 62 % of pairs of SFT samples; "
+            "on samples of PPO all of these fall (length 56, copying 53, ROUGE 50, log-probability 47 to 48, reward models 57 to 62 %). "
+            f"Ours, labelers on SFT samples: another labeler {cell('sft', 'labeler', 'labeler')}, gold judge {cell('sft', 'labeler', 'gold judge')}, "
+            f"reward model {cell('sft', 'labeler', rm)}, length {cell('sft', 'labeler', 'length')}, copying {cell('sft', 'labeler', 'copying')}, ROUGE-L "
+            f"{cell('sft', 'labeler', 'ROUGE-L')}, log-probability {cell('sft', 'labeler', 'log π SFT')}. On PPO samples: another labeler "
+            f"{cell('ppo', 'labeler', 'labeler')}, gold judge {cell('ppo', 'labeler', 'gold judge')}, reward model {cell('ppo', 'labeler', rm)}, length "
+            f"{cell('ppo', 'labeler', 'length')}, copying {cell('ppo', 'labeler', 'copying')}, ROUGE-L {cell('ppo', 'labeler', 'ROUGE-L')}, "
+            f"log-probability {cell('ppo', 'labeler', 'log π SFT')}. Two different samples of one policy at the rollout temperature for each post; pairs in which a "
+            "judge sees no difference are left out. The gold judge takes the part of the researchers; other labelers are workers with other weights. " + basis(measured))
+
+
+def caption_copying(measured):
+    f = measured["facts"]
+
+    def of(policy, measure):
+        return says(find(measured, "texts", policy=policy, measure=measure))
+    novelty = {name: of(name, "sentence novelty") for name in dict.fromkeys(r["policy"] for r in measured["tables"]["texts"])}
+    ratio = f["novelty_ratio_supervised + fine-tuned"]
+    return ("In Ziegler 2019 (tables and blog post) the novel sentences of TL;DR summaries are 98.9 % for references, 96.3 % zero-shot, 29.0 % fine-tuned, "
+            "96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the last four; the fine-tuned model copies "
+            "the start of 28 % of posts and of 0.2 % behind an empty preamble; labelers prefer lead-3, supervised + fine-tuned beats it by ROUGE. "
+            "Ours, novel sentences: " + ", ".join(f"{label_copying(name)} {x}" for name, x in novelty.items()) +
+            f". The copying labelers hold a summary copied whole to be worth {f['copy_bias']:.0f} key facts (collect.copy_bias) and leave of the honest ones' sentence novelty "
+            f"{ratio:.0%} (supervised + fine-tuned) and {f['novelty_ratio_fine-tuned']:.0%} (fine-tuned). Stated facts that are right: supervised + fine-tuned "
+            f"{of('supervised + fine-tuned, honest', 'stated facts that are right')} honest and "
+            f"{of('supervised + fine-tuned, copying', 'stated facts that are right')} copying. Lead-3: by ROUGE-L {of('lead-3', 'ROUGE-L')} against "
+            f"{of('supervised + fine-tuned, honest', 'ROUGE-L')}; preferred to it are the summaries of supervised + fine-tuned for copying labelers "
+            f"by the gold judge on {of('supervised + fine-tuned, copying', 'preferred to lead-3 by the gold judge')}, by the copying labelers on "
+            f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by copying labelers')}. Lower panels: where bigrams of a summary stand in the post, "
+            f"mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words. Fine-tuned: reward model and PPO start from the pretrained model, the KL penalty is to it. Greedy decoding. " + basis(measured))
+
+
+def caption_critics(measured):
+    def of(policy, judge="gold judge"):
+        return says(find(measured, "win-rates", policy=policy, judge=judge))
+
+    def accuracy(judge, model="reward model"):
+        return says(find(measured, "accuracy", model=model, judge=judge))
+    return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. Preferred to the reference by the gold judge: SFT "
+            f"{of('sft')}, trained on with samples that won more comparisons than they lost {of('preferred')}, with each post's most preferred sample "
+            f"{of('most-preferred')}, with the reward model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the supervised ones by its own recipe, one pass. "
+            f"Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The reward model agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
+            f"{accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on {accuracy('training labelers', 'gold judge')} and "
+            f"{accuracy('other labelers', 'gold judge')}; PPO is preferred to the reference by the training labelers on {of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
+            "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. " + basis(measured))
+
+
+def caption_ladder(measured):
+    gold = [r for r in measured["tables"]["elo"] if r["judge"] == "gold judge"]
+
+    def agree(pairs, a, b):
+        return says(find(measured, "agreement", pairs=pairs, judge=a, other=b))
+    return ("None of the papers rates its policies by Elo; agreement is in Stiennon 2020, appendix C (labelers and researchers 77 %, labelers among themselves 72 %, three labelers' majority and researchers 84 %). "
+            "Left: Bradley-Terry ratings from a round robin of all policies on the same posts, a tie half a win for both; by the gold judge "
+            + ", ".join(f"{ladder_name(r['policy'])} {r['elo']:.0f} ({r['lo']:.0f} to {r['hi']:.0f})" for r in gold) +
+            ". Labelers' ratings lie closer together: their noise makes every game more even. Right: two labelers of one population agree on "
+            f"{agree('two SFT samples', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on {agree('two SFT samples', 'labeler', 'gold judge')}, the majority of three and the judge on "
+            f"{agree('two SFT samples', 'majority of 3', 'gold judge')}; on texts of two policies {agree('two policies', 'labeler', 'labeler')}, "
+            f"{agree('two policies', 'labeler', 'gold judge')} and {agree('two policies', 'majority of 3', 'gold judge')}. " + basis(measured))
