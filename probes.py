@@ -335,7 +335,7 @@ def behind_preamble(post):
     return False, post["post"]
 
 
-BINS, SUMMARY_WORDS, SOURCE_WORDS = 12, 36, 72  # of the heat maps
+BINS, SUMMARY_WORDS, SOURCE_WORDS = 12, 36, 60  # of the heat maps
 
 
 def bigram_matches(summary, source):
@@ -484,7 +484,7 @@ def elo_table(games, anchor, draws=200):
 # ---------------------------------------------------------------------------------------------------------------------
 # the figures: what is measured of which runs. lab is figures.make_lab()'s; -> {"tables": {name: rows}, "facts": {name: number}}
 
-RM_SIZES = {"small": "reward model, half the width", "default": "reward model"}
+RM_SIZES = {"small": "small reward model", "default": "reward model"}
 
 
 def reward_models(lab, seed, device):
@@ -669,18 +669,19 @@ def draw_probes(measured, path):
                 if (row["judge"], row["pairs"]) == (judge, which):
                     point(right, None, -i - .2 * (k - .5), row, colour, marker, {"all": "all pairs"}.get(which, "pairs " + which) if i == 0 else None)
     names = list(dict.fromkeys(r["judge"] for r in lengths))
-    right.set_yticks([-i for i in range(len(names))], [n.replace(", ", ",\n") for n in names])
+    right.set_yticks([-i for i in range(len(names))], names)
     right.axvline(.5, color=GREY, ls="--", lw=1)
     right.set(xlabel="share of pairs of SFT samples on which\nthe longer one is preferred", xlim=(0, 1), ylim=(-len(names) + .4, .6))
     percent_axis(right)
     right.legend(frameon=False, loc="lower left", bbox_to_anchor=(-.1, 1), fontsize=8)
     right.set_box_aspect(.6)
+    right.set_anchor("N")
     save_figure(figure, path)
 
 
 def draw_agreement(measured, path):
     rows = measured["tables"]["agreement"]
-    figure, (axes,) = new_figure(columns=2, width=7.6, height=6.6)
+    figure, (axes,) = new_figure(columns=2, width=7.6, height=7)
     for ax, stage in zip(axes, ("sft", "ppo")):
         mine = {(r["judge"], r["other"]): r for r in rows if r["samples"] == stage}
         names = list(dict.fromkeys(name for pair in mine for name in pair))
@@ -713,13 +714,13 @@ def draw_copying(measured, path):
     names = list(dict.fromkeys(policy for policy, _ in rows))
     figure, axes = new_figure(columns=4, rows=3, width=4.1, height=3.6)
     panels = [
-        ("sentences not in the post", [("sentence novelty", BLUE, "o", None)]),
-        ("accuracy", [("stated facts that are right", BLUE, "o", "of stated facts, right"),
+        ("share of its sentences\nthat are not in the post", [("sentence novelty", BLUE, "o", None)]),
+        ("share that is right", [("stated facts that are right", BLUE, "o", "of stated facts, right"),
                       ("summaries without a wrong fact", ORANGE, "^", "of summaries, without a wrong fact")]),
-        ("first three words are copied", [("copies the start, no preamble", GREY, "D", "the post's, no preamble"),
+        ("share of summaries whose\nfirst three words are", [("copies the start, no preamble", GREY, "D", "the post's, no preamble"),
                                           ("copies the start, a preamble", ORANGE, "^", "the post's, a preamble"),
                                           ("copies what follows a preamble", BLUE, "o", "those behind the preamble")]),
-        ("preferred to lead-3; ROUGE-L with the reference",
+        ("preferred to lead-3;\nROUGE-L with the reference",
          [("preferred to lead-3 by the gold judge", GREY, "D", "by the gold judge"),
           ("preferred to lead-3 by honest labelers", BLUE, "o", "by honest labelers"),
           ("preferred to lead-3 by copying labelers", ORANGE, "^", "by copying labelers"),
@@ -750,32 +751,28 @@ def draw_copying(measured, path):
     save_figure(figure, path)
 
 
-RIVALS = {"sft": "SFT", "preferred": "SFT on samples that\nwon more than they lost", "most-preferred": "SFT on each post's\nmost preferred sample",
-          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}", "best_of_n": "best of n,\nnot trained on", "ppo": "PPO"}
+RIVALS = {"sft": "SFT", "preferred": "SFT on samples that won\nmore than they lost", "most-preferred": "SFT on each post's\nmost preferred sample",
+          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}", "best_of_n": "best of n, not trained on", "ppo": "PPO"}
 JUDGES = (("gold judge", GREY, "D"), ("training labelers", BLUE, "o"), ("other labelers", ORANGE, "^"))
 
 
 def draw_critics(measured, path):
-    rows = {(r["policy"], r["judge"]): r for r in measured["tables"]["win-rates"]}
-    figure, ((left, right),) = new_figure(columns=2, width=6, height=4)
-    names = [name for name in RIVALS if (name, "gold judge") in rows]
-    for k, (judge, colour, marker) in enumerate(JUDGES):
-        for i, name in enumerate(names):
-            point(left, i + .2 * (k - 1), None, rows[name, judge], colour, marker, judge if i == 0 else None, across=False)
-    left.axhline(.5, color=GREY, ls="--", lw=1)
-    left.set_xticks(range(len(names)), [RIVALS[n] for n in names], fontsize=7)
-    left.set(ylabel="share of posts preferred\nto the reference", ylim=(0, 1.02), xlim=(-.5, len(names) - .5))
-    percent_axis(left, "y")
-    left.legend(frameon=False, loc="upper left", fontsize=8)
+    rates = {(r["policy"], r["judge"]): r for r in measured["tables"]["win-rates"]}
     accuracy = {(r["model"], r["judge"]): r for r in measured["tables"]["accuracy"]}
-    for k, (judge, colour, marker) in enumerate(JUDGES[1:]):
-        for i, model in enumerate(("reward model", "gold judge")):
-            point(right, i + .2 * (k - .5), None, accuracy[model, judge], colour, marker, judge if i == 0 else None, across=False)
-    right.set_xticks((0, 1), ("reward model", "gold judge\n(what noise leaves)"))
-    right.axhline(.5, color=GREY, ls="--", lw=1)
-    right.set(ylabel="agreement with labels on held-out pairs", ylim=(.45, .85), xlim=(-.5, 1.5))
-    percent_axis(right, "y")
-    right.legend(frameon=False, fontsize=8, loc="upper left")
+    figure, ((left, right),) = new_figure(columns=2, width=6, height=3.8)
+    for ax, rows, names in ((left, rates, {name: label for name, label in RIVALS.items() if (name, "gold judge") in rates}),
+                            (right, accuracy, {"reward model": "reward model", "gold judge": "gold judge:\nwhat noise leaves"})):
+        for k, (judge, colour, marker) in enumerate(JUDGES):
+            for i, name in enumerate(names):
+                if (name, judge) in rows:
+                    point(ax, None, -i - .2 * (k - 1), rows[name, judge], colour, marker, judge if i == 0 else None)
+        ax.set_yticks([-i for i in range(len(names))], names.values())
+        ax.axvline(.5, color=GREY, ls="--", lw=1)
+        ax.set(ylim=(-len(names) + .4, .6))
+        percent_axis(ax)
+        ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=3)
+    left.set(xlabel="share of posts preferred to the reference", xlim=(0, 1))
+    right.set(xlabel="agreement with labels on held-out pairs")
     save_figure(figure, path)
 
 
