@@ -459,7 +459,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
 
 def main():
     run, settings, out, device = alone(__doc__, "ppo", PPOSettings)
-    train_ppo(run.folder, run.enc, [p for p in run.posts["pretrain"] if world.in_task(p)], run.Q, run.R, settings, out, run.seed, device,
+    posts = [p for p in run.posts["pretrain"] if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
+    train_ppo(run.folder, run.enc, posts, run.Q, run.R, settings, out, run.seed, device,
               pretraining=pretraining_rows(run, settings))
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
 
