@@ -322,6 +322,7 @@ def same_stages(base, old, new):
     Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
     serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its posts."""
     a, b = old.get("settings", {}), new["settings"]
+    a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
     few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
     if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in ("posts", "comparisons")):
         return []
