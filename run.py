@@ -58,9 +58,12 @@ class PostSettings:
     pretrain: int = 16000  # unfiltered posts for the language model; PPO takes its prompts from them
     sft: int = 1600  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
     test: int = 500  # held-out posts of the evaluation
+    world: str = "reddit"  # what the posts are about: reddit or news, the second world that takes the part of CNN/DM
+    news: float = 0.0  # share of news among the pretraining posts, as a language model has read of more than its task
 
     def validate(self):
         check(min(self.pretrain, self.sft, self.test) > 0, "data.pretrain, data.sft and data.test must be above 0")
+        check(self.world in world.WORLDS and 0 <= self.news <= 1, "data.world must be reddit or news, data.news between 0 and 1")
 
 
 @dataclass
@@ -126,8 +129,11 @@ def split_posts(run):
         sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
                  "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
         surplus = {"sft", "valid", "test"}  # these will be filtered by length
-        return {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0)
-                for name, n in sizes.items()}
+        posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
+                                        world.WORLDS[s.data.world]) for name, n in sizes.items()}
+        news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
+        posts["pretrain"][:len(news)] = news
+        return posts
     posts, skipped = load_posts(run.posts_file)
     print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
     if len(posts) < 8:
@@ -252,7 +258,7 @@ def stage_ppo(run):
     """PPO against the reward model."""
     if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
         choose_sft(run)
-    posts = [p for p in run.posts["pretrain"] if world.in_task(p)]
+    posts = [p for p in run.posts["pretrain"] if world.in_task(p, run.settings.data.world)]
     train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device,
               pretraining=pretraining_rows(run, run.settings.ppo))
 
@@ -316,6 +322,7 @@ def same_stages(base, old, new):
     Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
     serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its posts."""
     a, b = old.get("settings", {}), new["settings"]
+    a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
     few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
     if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in ("posts", "comparisons")):
         return []
