@@ -177,9 +177,9 @@ def text_probes(post, other, texts, rng):
     irrelevant = stranger.format(**{slot + "2": another(rng, slot, post["facts"][slot]) for slot in world.SLOTS})
     edits = {"own wrong fact corrected": correct, "planted wrong fact corrected": plant, "missing fact added": add_fact,
              "wrong statement dropped": drop_wrong, "repetition dropped": drop_repetition}
-    pairs = {name: edit(rng, post, sample) for name, edit in edits.items()}
+    pairs = {name: edit(rng, post, sample) for name, edit in edits.items()} | {"roles not reversed": reverse_roles(rng, post, ref)}
     pairs = {name: p for name, p in pairs.items() if p and world.utility(post, p[0]) > world.utility(post, p[1])}
-    pairs |= {"empty phrase dropped": drop_filler(rng, post, sample), "roles not reversed": reverse_roles(rng, post, ref),
+    pairs |= {"empty phrase dropped": drop_filler(rng, post, sample),
               "words not shuffled": (ref, shuffle(ref.split(), rng)), "lead-3 not shuffled": (lead, shuffle(sentences(lead), rng)),
               "rand-3 not shuffled": (three, shuffle(sentences(three), rng)), "nothing irrelevant appended": (ref, f"{ref} {irrelevant}"),
               '"what should i do?" not appended': (ref, f"{ref} what should i do?"), "title, not another post's": (title, other["title"]),
@@ -571,32 +571,34 @@ BEST_OF = 8  # samples of each labelled post from which the reward model chooses
 
 
 def supervised_rivals(lab, run, seed, device):
-    """SFT models trained on with the labels that PPO's reward model had. -> {name: model}"""
+    """What becomes of the labels that PPO's reward model had without PPO: SFT trained on with what they prefer, and the reward model's
+    choice among samples. -> {name: texts for the test posts}, number of labels"""
     comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
     train = [c for c in comparisons if c["split"] == "train"]
     sft, reward_model = (load_model(os.path.join(run.folder, name), device, head) for name, head in (("sft", "lm"), ("reward", "scalar")))
+
+    def best(posts):
+        return best_samples(run, sft, reward_model, posts, temperature_of(run), BEST_OF, generator_of(run))
     rows = {"preferred": lambda: preferred(train), "most-preferred": lambda: most_preferred(train),
-            "best-of-n": lambda: best_samples(run, sft, reward_model, [p for p, _ in win_shares(train)], temperature_of(run), BEST_OF,
-                                              generator_of(run))}
-    return {name: train_supervised(run, texts, os.path.join(lab.out, "runs", f"supervised-{name}-seed{seed}"), device)
-            for name, texts in rows.items()}, train
+            "best-of-n": lambda: best([post for post, _ in win_shares(train)])}
+    return {name: greedy_texts(run, train_supervised(run, texts, os.path.join(lab.out, "runs", f"supervised-{name}-seed{seed}"), device),
+                               run.posts["test"]) for name, texts in rows.items()} | {
+        "best_of_n": [text for _, text in best(run.posts["test"])]}, len(train)
 
 
 def measure_critics(lab):
     rates, accuracy, device = [], [], pick_device(lab.device)
     for seed in lab.seeds:
         run = open_run(lab.finished(seed))
-        rows = read_samples(run.folder)
-        posts = [row["post"] for row in rows]
-        models, train = supervised_rivals(lab, run, seed, device)
-        policies = {name: [row["policies"][name]["text"] for row in rows] for name in ("sft", "best_of_n", "ppo")}
-        policies |= {name: greedy_texts(run, model, posts) for name, model in models.items()}
+        rows, posts = read_samples(run.folder), run.posts["test"]
+        rivals, labels = supervised_rivals(lab, run, seed, device)
+        policies = {name: [row["policies"][name]["text"] for row in rows] for name in ("sft", "ppo")} | rivals
         judges = {"training labelers": labeler_of(run), "other labelers": labeler_of(run, run.config["seed"] + STRANGERS)}
         rates += win_units(policies, posts, {"gold judge": None} | judges, seed)
         comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
         accuracy += accuracy_units(run, load_model(os.path.join(run.folder, "reward"), device, "scalar"), comparisons, judges, seed)
     return {"tables": {"win-rates": summarise(rates, "policy", "judge"), "accuracy": summarise(accuracy, "model", "judge")},
-            "facts": facts_of(lab, posts) | {"labels": len(train)}}
+            "facts": facts_of(lab, posts) | {"labels": labels}}
 
 
 def measure_ladder(lab):
@@ -604,10 +606,10 @@ def measure_ladder(lab):
     for seed in lab.seeds:
         run = open_run(lab.finished(seed))
         rows, small = read_samples(run.folder), read_samples(lab.finished(seed, "small"))
-        posts = [row["post"] for row in rows]
-        policies = {name: [row["policies"][name]["text"] for row in rows] for name in rows[0]["policies"]}
+        posts = run.posts["test"]
+        policies = {name: [row["policies"][name]["text"] for row in rows] for name in rows[0]["policies"] if name != "best_of_n"}
         policies |= {f"{name}, small": [row["policies"][name]["text"] for row in small] for name in ("sft", "ppo")}
-        policies |= {name: greedy_texts(run, model, posts) for name, model in supervised_rivals(lab, run, seed, device)[0].items()}
+        policies |= supervised_rivals(lab, run, seed, device)[0]
         people = labeler_of(run)
         people.rng = random.Random(f"ladder-{seed}")
         games["gold judge"].append(play(posts, policies, lambda p, a, b: float(wins(world.utility(p, a), world.utility(p, b)))))
@@ -752,7 +754,7 @@ def draw_copying(measured, path):
 
 
 RIVALS = {"sft": "SFT", "preferred": "SFT on samples that won\nmore than they lost", "most-preferred": "SFT on each post's\nmost preferred sample",
-          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}", "best_of_n": "best of n, not trained on", "ppo": "PPO"}
+          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}", "best_of_n": f"best of {BEST_OF}, not trained on", "ppo": "PPO"}
 JUDGES = (("gold judge", GREY, "D"), ("training labelers", BLUE, "o"), ("other labelers", ORANGE, "^"))
 
 
