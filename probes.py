@@ -4,7 +4,7 @@ What the papers asked of their judges and their copies, asked of ours: figures 7
 References: Stiennon 2020 §4.3-4.4, appendices G.6 and G.7; Ziegler 2019 §4 and its blog post; InstructGPT 2022 §4.1.
 
     reward-model probes         does a reward model notice a swapped role, a wrong fact, an empty phrase, mere length?
-    agreement                   who agrees with whom on two samples of one policy: people, judge, length, copying, ROUGE, log π, reward models
+    agreement                   who agrees with whom on two samples of one policy: people, judge, length, copying, ROUGE, reward models
     copying                     Ziegler's tables: novelty and accuracy under honest labelers and under labelers who reward copying
     critics                     supervised training on the same labels; judges whose labels nobody trained on
     ladder                      Bradley-Terry ratings of all policies on the same posts
@@ -114,7 +114,8 @@ def state(text, facts, slot):
     """The text with one more fact in the world's own words, None where it has no place for it."""
     event = rf"\b{facts['verb']} my {facts['object']}\b"
     if slot in ("feeling", "wish", "question"):
-        return f"{text} " + {"feeling": "i feel {feeling}.", "wish": "i want to {wish}.", "question": "should i {question}?"}[slot].format(**facts)
+        sentence = {"feeling": "i feel {feeling}.", "wish": "i want to {wish}.", "question": "should i {question}?"}[slot]
+        return f"{text} {sentence.format(**facts)}"
     if slot in ("place", "time") and re.search(event, text):
         return re.sub(event, r"\g<0> " + ("at the {place}" if slot == "place" else "{time}").format(**facts), text, count=1)
     if slot == "name" and re.search(rf"my {facts['relation']} {facts['verb']}", text):
@@ -183,8 +184,8 @@ def text_probes(post, other, texts, rng):
               "words not shuffled": (ref, shuffle(ref.split(), rng)), "lead-3 not shuffled": (lead, shuffle(sentences(lead), rng)),
               "rand-3 not shuffled": (three, shuffle(sentences(three), rng)), "nothing irrelevant appended": (ref, f"{ref} {irrelevant}"),
               '"what should i do?" not appended': (ref, f"{ref} what should i do?"), "title, not another post's": (title, other["title"]),
-              "title once, not twice": (title, f"{title} {title}"), "reference, not lead-3": (ref, lead), "reference, not title": (ref, title),
-              "reference, not rand-3": (ref, three)}
+              "title once, not twice": (title, f"{title} {title}"), "reference, not title": (ref, title),
+              "reference, not lead-3": (ref, lead), "reference, not rand-3": (ref, three)}
     return {name: p for name, p in pairs.items() if p and all(p) and p[0] != p[1]}
 
 
@@ -192,7 +193,7 @@ ORDER = ["planted wrong fact corrected", "own wrong fact corrected", "missing fa
          "empty phrase dropped", "roles not reversed", "words not shuffled", "lead-3 not shuffled", "rand-3 not shuffled",
          "nothing irrelevant appended", '"what should i do?" not appended', "title, not another post's", "title once, not twice",
          "reference, not title", "reference, not lead-3", "reference, not rand-3"]
-PAPER_PROBES = {  # share that prefers the first, in %: reward models of 1.3B and 6.7B, people (Stiennon, table 17 for edits, 16 for the rest)
+PAPER_PROBES = {  # prefer the first, in %: reward models of 1.3B and 6.7B, people (Stiennon, table 17 for edits, 16 for the rest)
     "missing fact added": (86.8, 89.2, 88.6), "wrong statement dropped": (63.6, 66.0, 76.2), "repetition dropped": (63.6, 66.0, 76.2),
     "roles not reversed": (93.1, 97.4, None), "lead-3 not shuffled": (68.1, 75.5, None), "rand-3 not shuffled": (60.8, 76.1, None),
     "title, not another post's": (97.4, 98.5, None), "title once, not twice": (84.6, 58.4, None),
@@ -274,7 +275,7 @@ def rouge(texts, references, kinds=("rougeL",)):
 
 
 def people_signs(run, pairs):
-    """{who: signs [N]}: +1 where a labeler prefers the first of (post, a, b), -1 the second; with a prime: the same population asked again."""
+    """{who: signs [N]}: +1 where a labeler prefers the first of (post, a, b), -1 the second; with a prime: the same people asked again."""
     own, strangers, three = labeler_of(run), labeler_of(run, run.config["seed"] + STRANGERS), labeler_of(run)
     own.rng, three.rng = random.Random("asked again"), random.Random("asked three times")  # not the very draws of the training labels
     signs = {name: np.array([1 - 2 * people.compare(*pair)[0] for pair in pairs])
@@ -373,7 +374,8 @@ def copying_units(policies, posts, judges, seed):
             "ROUGE-1": r1, "ROUGE-2": r2, "ROUGE-L": rl, "words": [len(t.split()) for t in texts],
             "preferred to lead-3 by the gold judge": wins(gold, [world.utility(p, t) for p, t in zip(posts, leads)]),
             "preferred to the reference by the gold judge": wins(gold, [world.utility(p, t) for p, t in zip(posts, refs)]),
-            **{f"preferred to lead-3 by {who}": [preference(people, *x) for x in zip(posts, texts, leads)] for who, people in judges.items()}}
+            **{f"preferred to lead-3 by {who}": [preference(people, *x) for x in zip(posts, texts, leads)]
+               for who, people in judges.items()}}
         out += [{"policy": name, "measure": measure, "value": float(v), "post": key, "seed": seed}
                 for measure, values in measures.items() for key, value in zip(keys, values)
                 for v in (value if isinstance(value, list) else [value]) if v is not None]
@@ -422,20 +424,23 @@ def train_supervised(run, rows, out, device, epochs=1):
         posts, texts = zip(*rows())
         data = [encode_query(run.enc, p, run.Q) for p in posts], [encode_response(run.enc, t, run.R) for t in texts]
         settings = SFTSettings(**run.config["settings"]["sft"] | {"choose": "last", "epochs": epochs})
-        train_lm(load_model(os.path.join(run.folder, "sft"), device), data, [x[:100] for x in data], settings, out, run.config["seed"], name="supervised")
+        sft, first = load_model(os.path.join(run.folder, "sft"), device), [x[:100] for x in data]
+        train_lm(sft, data, first, settings, out, run.config["seed"], name="supervised")
     return load_model(out, device)
 
 
 def greedy_texts(run, policy, posts):
     """One greedy summary per post."""
-    generator = torch.Generator().manual_seed(run.config["seed"])
-    return [decode_response(run.enc, ids) for ids in sample_responses(policy, [encode_query(run.enc, p, run.Q) for p in posts], run.R, 0, generator)]
+    samples = sample_responses(policy, [encode_query(run.enc, p, run.Q) for p in posts], run.R, 0, generator_of(run))
+    return [decode_response(run.enc, ids) for ids in samples]
 
 
 def win_units(policies, posts, judges, seed):
-    """Units: is a policy's text preferred to the reference? policies: {name: texts}; judges: {name: labelers, or None for the gold judge}"""
-    return [{"policy": name, "judge": judge, "post": post_key(p), "seed": seed,
-             "value": float(wins(world.utility(p, t), world.utility(p, p["summary"]))) if people is None else preference(people, p, t, p["summary"])}
+    """Units: is a policy's text preferred to the reference? policies: {name: texts}; judges: {name: labelers, None for the gold judge}"""
+    def value(people, p, t):
+        gold = people is None
+        return float(wins(world.utility(p, t), world.utility(p, p["summary"]))) if gold else preference(people, p, t, p["summary"])
+    return [{"policy": name, "judge": judge, "post": post_key(p), "seed": seed, "value": value(people, p, t)}
             for name, texts in policies.items() for judge, people in judges.items() for p, t in zip(posts, texts)]
 
 
@@ -459,7 +464,7 @@ def accuracy_units(run, reward_model, comparisons, judges, seed):
 # the ladder
 
 def play(posts, policies, prefers):
-    """A round robin on every post. prefers(post, a, b) -> 1, ½ or 0. -> for each post [(winner, loser)], a game twice, a tie once each way"""
+    """A round robin on every post. prefers(post, a, b) -> 1, ½ or 0. -> [(winner, loser)] of each post, twice, a tie once each way"""
     games = [[] for _ in posts]
     for i, post in enumerate(posts):
         for a, b in itertools.combinations(policies, 2):
@@ -477,8 +482,8 @@ def elo_table(games, anchor, draws=200):
         return {name: r - ratings[anchor] + 1000 for name, r in ratings.items()}
 
     point, many = fit(range(S), range(N)), [fit(rng.integers(0, S, S), rng.integers(0, N, N)) for _ in range(draws)]
-    return [{"policy": name, "elo": r, "lo": float(np.percentile([m[name] for m in many], 2.5)),
-             "hi": float(np.percentile([m[name] for m in many], 97.5)), "n": S * N} for name, r in sorted(point.items(), key=lambda kv: kv[1])]
+    return [{"policy": name, "elo": r, **{key: float(np.percentile([m[name] for m in many], p)) for key, p in (("lo", 2.5), ("hi", 97.5))},
+             "n": S * N} for name, r in sorted(point.items(), key=lambda kv: kv[1])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,10 +657,10 @@ def draw_probes(measured, path):
         for k, (judge, colour, marker) in enumerate(judges):
             if (probe, judge) in rows:
                 point(ax, None, -i - .16 * (k - 1.5), rows[probe, judge], colour, marker, judge if i == 0 else None, size=4)
-        for x, sign, label in zip(PAPER_PROBES.get(probe, ()), ("1", "2", "$h$"), ("paper, 1.3B", "paper, 6.7B", "paper, people")):
+        for x, marker, colour, label in zip(PAPER_PROBES.get(probe, ()), "vP*", (SKY, RED, PURPLE), ("1.3B", "6.7B", "people")):
             if x is not None:
-                ax.plot(x / 100, -i + .38, marker={"1": "v", "2": "v", "$h$": "*"}[sign], color={"1": SKY, "2": RED, "$h$": PURPLE}[sign], ls="",
-                        ms=6 if sign == "$h$" else 4, label=label if probe == "missing fact added" else None)
+                ax.plot(x / 100, -i + .38, marker=marker, color=colour, ls="", ms=5,
+                        label=f"paper, {label}" if probe == "missing fact added" else None)
     for i in range(len(probes) - 1):
         ax.axhline(-i - .5, color=GREY, lw=.3)
     ax.set_yticks([-i for i in range(len(probes))], probes)
@@ -669,7 +674,8 @@ def draw_probes(measured, path):
         for k, (which, colour, marker) in enumerate((("all", GREY, "D"), ("equal to the gold judge", BLUE, "o"))):
             for row in lengths:
                 if (row["judge"], row["pairs"]) == (judge, which):
-                    point(right, None, -i - .2 * (k - .5), row, colour, marker, {"all": "all pairs"}.get(which, "pairs " + which) if i == 0 else None)
+                    label = "all pairs" if which == "all" else f"pairs {which}"
+                    point(right, None, -i - .2 * (k - .5), row, colour, marker, label if i == 0 else None)
     names = list(dict.fromkeys(r["judge"] for r in lengths))
     right.set_yticks([-i for i in range(len(names))], names)
     right.axvline(.5, color=GREY, ls="--", lw=1)
@@ -731,7 +737,8 @@ def draw_copying(measured, path):
         for m, (measure, colour, marker, label) in enumerate(series):
             for i, name in enumerate(names):
                 if rows.get((name, measure), {}).get("mean") is not None:
-                    point(ax, None, -i - .16 * (m - (len(series) - 1) / 2), rows[name, measure], colour, marker, label if i == 0 else None, size=4)
+                    y = -i - .16 * (m - (len(series) - 1) / 2)
+                    point(ax, None, y, rows[name, measure], colour, marker, label if i == 0 else None, size=4)
         ax.set_yticks([-i for i in range(len(names))], [label_copying(n) for n in names] if k == 0 else [""] * len(names))
         ax.set(xlabel=title, xlim=(-.04, 1.04), ylim=(-len(names) + .4, .6))
         percent_axis(ax)
@@ -745,7 +752,8 @@ def draw_copying(measured, path):
         for r in heat:
             if r["policy"] == name:
                 cells[r["summary_bin"], r["post_bin"]] = r["matches"]
-        shown = ax.imshow(cells, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=top, extent=(0, SOURCE_WORDS, 0, SUMMARY_WORDS))
+        extent = (0, SOURCE_WORDS, 0, SUMMARY_WORDS)
+        shown = ax.imshow(cells, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=top, extent=extent)
         ax.set_title(label_copying(name), fontsize=9)
         ax.set(xlabel="word of the post", ylabel="word of the summary")
         ax.grid(visible=False)
@@ -753,8 +761,10 @@ def draw_copying(measured, path):
     save_figure(figure, path)
 
 
-RIVALS = {"sft": "SFT", "preferred": "SFT on samples that won\nmore than they lost", "most-preferred": "SFT on each post's\nmost preferred sample",
-          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}", "best_of_n": f"best of {BEST_OF}, not trained on", "ppo": "PPO"}
+RIVALS = {"sft": "SFT", "preferred": "SFT on samples that won\nmore than they lost",
+          "most-preferred": "SFT on each post's\nmost preferred sample",
+          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}",
+          "best_of_n": f"best of {BEST_OF}, not trained on", "ppo": "PPO"}
 JUDGES = (("gold judge", GREY, "D"), ("training labelers", BLUE, "o"), ("other labelers", ORANGE, "^"))
 
 
@@ -818,12 +828,14 @@ def find(measured, table, **where):
 
 def says(row):
     """'61 % (57 to 65)' of a row"""
-    return "not measured" if row is None or row["mean"] is None else f"{100 * row['mean']:.0f} % ({100 * row['lo']:.0f} to {100 * row['hi']:.0f})"
+    return "not measured" if row is None or row["mean"] is None else f"{100 * row['mean']:.0f} % ({100 * row['lo']:.0f} to "
+    f"{100 * row['hi']:.0f})"
 
 
 def basis(measured, what="posts"):
     f = measured["facts"]
-    return (f"{f['posts']} {what}, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 % bootstrap "
+    return (f"{f['posts']} {what}, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 "
+            f"% bootstrap "
             "intervals over posts and seeds; n is in the tables.")
 
 
@@ -833,17 +845,23 @@ def caption_probes(measured):
 
     def length(judge):
         return says(find(measured, "length", judge=judge, pairs="equal to the gold judge"))
-    return ("In the paper (Stiennon 2020, tables 16 and 17) reward models notice reversed roles (93 to 97 %), shuffled sentences (61 to 76 %) and "
+    return ("In the paper (Stiennon 2020, tables 16 and 17) reward models notice reversed roles (93 to 97 %), shuffled sentences (61 to "
+            "76 %) and "
             "another post's title (97 to 99 %), like improving edits that lengthen (87 to 89 %; people 89 %) and much less those that "
-            "shorten (64 to 66 %; people 76 %; the paper's body gives other numbers than its tables, the tables are drawn here), and the smaller "
+            "shorten (64 to 66 %; people 76 %; the paper's body gives other numbers than its tables, the tables are drawn here), and the "
+            "smaller "
             f"one likes a useless last question (34 %). Ours: adding a missing fact {rm('missing fact added')}, dropping a wrong statement "
             f"{rm('wrong statement dropped')}, dropping a repetition {rm('repetition dropped')}, correcting a planted wrong fact "
             f"{rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
-            f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. So ours notices which "
-            "kinds of facts are stated and hardly checks them against the post: that is where it differs from the paper. The comparisons that "
+            f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. So ours "
+            f"notices which "
+            "kinds of facts are stated and hardly checks them against the post: that is where it differs from the paper. The comparisons "
+            "that "
             "it learned from seldom differ in wrong facts. Bias to length: where the gold judge sees no difference the longer of two SFT "
-            f"samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on {length('labelers')}. The world made the edits, and the judge "
-            "found each an improvement; he does not mind an empty phrase or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers "
+            f"samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on {length('labelers')}. The world "
+            f"made the edits, and the judge "
+            "found each an improvement; he does not mind an empty phrase or the order of sentences, where 50 % is right. Labelers: the "
+            "probability that a worker prefers "
             "the first. " + basis(measured))
 
 
@@ -851,16 +869,24 @@ def caption_agreement(measured):
     def cell(stage, a, b):
         return says(find(measured, "agreement", samples=stage, judge=a, other=b))
     rm = RM_SIZES["default"]
-    return ("In the paper (Stiennon 2020, tables 20 and 22) labelers agree with another labeler on 69 %, with researchers on 78 %, with the 1.3B "
-            "and 6.7B reward models on 66 and 71 %, with length on 54 %, copying 58 %, ROUGE 58 %, log-probability 59 to 62 % of pairs of SFT samples; "
+    return ("In the paper (Stiennon 2020, tables 20 and 22) labelers agree with another labeler on 69 %, with researchers on 78 %, with "
+            "the 1.3B "
+            "and 6.7B reward models on 66 and 71 %, with length on 54 %, copying 58 %, ROUGE 58 %, log-probability 59 to 62 % of pairs "
+            "of SFT samples; "
             "on samples of PPO all of these fall (length 56, copying 53, ROUGE 50, log-probability 47 to 48, reward models 57 to 62 %). "
-            f"Ours, labelers on SFT samples: another labeler {cell('sft', 'labeler', 'labeler')}, gold judge {cell('sft', 'labeler', 'gold judge')}, "
-            f"reward model {cell('sft', 'labeler', rm)}, length {cell('sft', 'labeler', 'length')}, copying {cell('sft', 'labeler', 'copying')}, ROUGE-L "
+            f"Ours, labelers on SFT samples: another labeler {cell('sft', 'labeler', 'labeler')}, gold judge "
+            f"{cell('sft', 'labeler', 'gold judge')}, "
+            f"reward model {cell('sft', 'labeler', rm)}, length {cell('sft', 'labeler', 'length')}, copying "
+            f"{cell('sft', 'labeler', 'copying')}, ROUGE-L "
             f"{cell('sft', 'labeler', 'ROUGE-L')}, log-probability {cell('sft', 'labeler', 'log π SFT')}. On PPO samples: another labeler "
-            f"{cell('ppo', 'labeler', 'labeler')}, gold judge {cell('ppo', 'labeler', 'gold judge')}, reward model {cell('ppo', 'labeler', rm)}, length "
-            f"{cell('ppo', 'labeler', 'length')}, copying {cell('ppo', 'labeler', 'copying')}, ROUGE-L {cell('ppo', 'labeler', 'ROUGE-L')}, "
-            f"log-probability {cell('ppo', 'labeler', 'log π SFT')}. Two different samples of one policy at the rollout temperature for each post; pairs in which a "
-            "judge sees no difference are left out. The gold judge takes the part of the researchers; other labelers are workers with other weights. " + basis(measured))
+            f"{cell('ppo', 'labeler', 'labeler')}, gold judge {cell('ppo', 'labeler', 'gold judge')}, reward model "
+            f"{cell('ppo', 'labeler', rm)}, length "
+            f"{cell('ppo', 'labeler', 'length')}, copying {cell('ppo', 'labeler', 'copying')}, ROUGE-L "
+            f"{cell('ppo', 'labeler', 'ROUGE-L')}, "
+            f"log-probability {cell('ppo', 'labeler', 'log π SFT')}. Two different samples of one policy at the rollout temperature for "
+            f"each post; pairs in which a "
+            "judge sees no difference are left out. The gold judge takes the part of the researchers; other labelers are workers with "
+            "other weights. " + basis(measured))
 
 
 def caption_copying(measured):
@@ -870,18 +896,28 @@ def caption_copying(measured):
         return says(find(measured, "texts", policy=policy, measure=measure))
     novelty = {name: of(name, "sentence novelty") for name in dict.fromkeys(r["policy"] for r in measured["tables"]["texts"])}
     ratio = f["novelty_ratio_supervised + fine-tuned"]
-    return ("In Ziegler 2019 (tables and blog post) the novel sentences of TL;DR summaries are 98.9 % for references, 96.3 % zero-shot, 29.0 % fine-tuned, "
-            "96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the last four; the fine-tuned model copies "
-            "the start of 28 % of posts and of 0.2 % behind an empty preamble; labelers prefer lead-3, supervised + fine-tuned beats it by ROUGE. "
+    return ("In Ziegler 2019 (tables and blog post) the novel sentences of TL;DR summaries are 98.9 % for references, 96.3 % zero-shot, "
+            "29.0 % fine-tuned, "
+            "96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the last four; the "
+            "fine-tuned model copies "
+            "the start of 28 % of posts and of 0.2 % behind an empty preamble; labelers prefer lead-3, supervised + fine-tuned beats it "
+            "by ROUGE. "
             "Ours, novel sentences: " + ", ".join(f"{label_copying(name)} {x}" for name, x in novelty.items()) +
-            f". The copying labelers hold a summary copied whole to be worth {f['copy_bias']:.0f} key facts (collect.copy_bias) and leave of the honest ones' sentence novelty "
-            f"{ratio:.0%} (supervised + fine-tuned) and {f['novelty_ratio_fine-tuned']:.0%} (fine-tuned). Stated facts that are right: supervised + fine-tuned "
+            f". The copying labelers hold a summary copied whole to be worth {f['copy_bias']:.0f} key facts (collect.copy_bias) and "
+            f"leave of the honest ones' sentence novelty "
+            f"{ratio:.0%} (supervised + fine-tuned) and {f['novelty_ratio_fine-tuned']:.0%} (fine-tuned). Stated facts that are right: "
+            f"supervised + fine-tuned "
             f"{of('supervised + fine-tuned, honest', 'stated facts that are right')} honest and "
-            f"{of('supervised + fine-tuned, copying', 'stated facts that are right')} copying. Lead-3: by ROUGE-L {of('lead-3', 'ROUGE-L')} against "
-            f"{of('supervised + fine-tuned, honest', 'ROUGE-L')}; preferred to it are the summaries of supervised + fine-tuned for copying labelers "
-            f"by the gold judge on {of('supervised + fine-tuned, copying', 'preferred to lead-3 by the gold judge')}, by the copying labelers on "
-            f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by copying labelers')}. Lower panels: where bigrams of a summary stand in the post, "
-            f"mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words. Fine-tuned: reward model and PPO start from the pretrained model, the KL penalty is to it. Greedy decoding. " + basis(measured))
+            f"{of('supervised + fine-tuned, copying', 'stated facts that are right')} copying. Lead-3: by ROUGE-L "
+            f"{of('lead-3', 'ROUGE-L')} against "
+            f"{of('supervised + fine-tuned, honest', 'ROUGE-L')}; preferred to it are the summaries of supervised + fine-tuned for "
+            f"copying labelers "
+            f"by the gold judge on {of('supervised + fine-tuned, copying', 'preferred to lead-3 by the gold judge')}, by the copying "
+            f"labelers on "
+            f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by copying labelers')}. Lower panels: where bigrams of a "
+            f"summary stand in the post, "
+            f"mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words. Fine-tuned: reward model and PPO start "
+            f"from the pretrained model, the KL penalty is to it. Greedy decoding. " + basis(measured))
 
 
 def caption_critics(measured):
@@ -890,13 +926,20 @@ def caption_critics(measured):
 
     def accuracy(judge, model="reward model"):
         return says(find(measured, "accuracy", model=model, judge=judge))
-    return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. Preferred to the reference by the gold judge: SFT "
-            f"{of('sft')}, trained on with samples that won more comparisons than they lost {of('preferred')}, with each post's most preferred sample "
-            f"{of('most-preferred')}, with the reward model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the supervised ones by its own recipe, one pass. "
-            f"Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The reward model agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
-            f"{accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on {accuracy('training labelers', 'gold judge')} and "
-            f"{accuracy('other labelers', 'gold judge')}; PPO is preferred to the reference by the training labelers on {of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
-            "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. " + basis(measured))
+    return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. "
+            f"Preferred to the reference by the gold judge: SFT "
+            f"{of('sft')}, trained on with samples that won more comparisons than they lost {of('preferred')}, with each post's most "
+            f"preferred sample "
+            f"{of('most-preferred')}, with the reward model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All "
+            f"start from the SFT model, the supervised ones by its own recipe, one pass. "
+            f"Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The reward model "
+            f"agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
+            f"{accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
+            f"{accuracy('training labelers', 'gold judge')} and "
+            f"{accuracy('other labelers', 'gold judge')}; PPO is preferred to the reference by the training labelers on "
+            f"{of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
+            "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. "
+            "" + basis(measured))
 
 
 def caption_ladder(measured):
@@ -904,10 +947,16 @@ def caption_ladder(measured):
 
     def agree(pairs, a, b):
         return says(find(measured, "agreement", pairs=pairs, judge=a, other=b))
-    return ("None of the papers rates its policies by Elo; agreement is in Stiennon 2020, appendix C (labelers and researchers 77 %, labelers among themselves 72 %, three labelers' majority and researchers 84 %). "
-            "Left: Bradley-Terry ratings from a round robin of all policies on the same posts, a tie half a win for both; by the gold judge "
+    return ("None of the papers rates its policies by Elo; agreement is in Stiennon 2020, appendix C (labelers and researchers 77 %, "
+            "labelers among themselves 72 %, three labelers' majority and researchers 84 %). "
+            "Left: Bradley-Terry ratings from a round robin of all policies on the same posts, a tie half a win for both; by the gold "
+            "judge "
             + ", ".join(f"{ladder_name(r['policy'])} {r['elo']:.0f} ({r['lo']:.0f} to {r['hi']:.0f})" for r in gold) +
-            ". Labelers' ratings lie closer together: their noise makes every game more even. Right: two labelers of one population agree on "
-            f"{agree('two SFT samples', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on {agree('two SFT samples', 'labeler', 'gold judge')}, the majority of three and the judge on "
-            f"{agree('two SFT samples', 'majority of 3', 'gold judge')}; on texts of two policies {agree('two policies', 'labeler', 'labeler')}, "
-            f"{agree('two policies', 'labeler', 'gold judge')} and {agree('two policies', 'majority of 3', 'gold judge')}. " + basis(measured))
+            ". Labelers' ratings lie closer together: their noise makes every game more even. Right: two labelers of one population "
+            "agree on "
+            f"{agree('two SFT samples', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
+            f"{agree('two SFT samples', 'labeler', 'gold judge')}, the majority of three and the judge on "
+            f"{agree('two SFT samples', 'majority of 3', 'gold judge')}; on texts of two policies "
+            f"{agree('two policies', 'labeler', 'labeler')}, "
+            f"{agree('two policies', 'labeler', 'gold judge')} and {agree('two policies', 'majority of 3', 'gold judge')}. "
+            f"" + basis(measured))

@@ -102,12 +102,13 @@ def test_edits_do_what_they_say():
 def test_probes_find_a_planted_taste(enc, monkeypatch):
     """Catches judges of the wrong pair, the wrong side, the wrong post: reward models that are length, its opposite, and the gold judge."""
     rows = [{"post": p, "policies": {"reference": {"text": p["summary"]}, "sft": {"text": p["summary"]}}} for p in POSTS]
-    tastes = {"longer": lambda p, t: len(t.split()), "shorter": lambda p, t: -len(t.split()), "gold": world.utility, "none": lambda p, t: 0.}
+    tastes = {"longer": lambda p, t: len(t.split()), "shorter": lambda p, t: -len(t.split()), "gold": world.utility,
+              "none": lambda p, t: 0.}
     monkeypatch.setattr(probes, "score_texts", lambda run, model, asked: np.array([tastes[model](*x) for x in asked]))
     people = world.Labeler(seed=1)
     units = probes.judge_probes(None, probes.probe_pairs(rows, 1), {name: name for name in tastes}, people, 1)
     table = {(r["probe"], r["judge"]): r for r in probes.summarise(units, "probe", "judge")}
-    for probe, longer_wins in (("missing fact added", 1), ("repetition dropped", 0), ("empty phrase dropped", 0), ("reference, not title", 1)):
+    for probe, longer_wins in {"missing fact added": 1, "repetition dropped": 0, "empty phrase dropped": 0, "reference, not title": 1}.items():
         assert table[probe, "longer"]["mean"] == pytest.approx(longer_wins, abs=.06)
         assert table[probe, "shorter"]["mean"] == pytest.approx(1 - longer_wins, abs=.06)
     for probe in probes.ORDER:
@@ -159,7 +160,7 @@ def test_agreement_of_planted_judges():
 
 
 def test_metrics_judge_the_right_text(enc):
-    """Catches a metric with the sign turned or the reference of another post: the first text is longer, copied, and the reference itself."""
+    """Catches a metric with the sign turned or the reference of another post: the first text is longer, copied, and holds it."""
     model, reward_model = (tiny_model(head, vocab_size=enc.n_vocab, n_positions=700) for head in ("lm", "scalar"))
     pairs = [(p, f"{p['summary']} {lead3(p)}", "cat dog") for p in POSTS[:6]]
     run = run_of(enc, noise=1e-3)
@@ -214,7 +215,8 @@ def test_copying_table_on_planted_writers():
     behind = [probes.behind_preamble(p)[1] for p in POSTS]
     policies = {"copier": [lead3(p) for p in POSTS], "liar": wrong, "skipper": behind, "reference": [p["summary"] for p in POSTS]}
     judges = {"honest labelers": world.Labeler(seed=1), "copying labelers": world.Labeler(seed=1, copy_bias=50.)}
-    table = {(r["policy"], r["measure"]): r for r in probes.summarise(probes.copying_units(policies, POSTS, judges, 1), "policy", "measure")}
+    units = probes.copying_units(policies, POSTS, judges, 1)
+    table = {(r["policy"], r["measure"]): r for r in probes.summarise(units, "policy", "measure")}
     assert table["copier", "sentence novelty"]["mean"] == 0 and table["copier", "bigrams copied"]["mean"] > .95
     assert table["liar", "sentence novelty"]["mean"] > .5
     right = table["liar", "stated facts that are right"]
@@ -223,10 +225,12 @@ def test_copying_table_on_planted_writers():
     assert 10 < sum(has) < 35
     assert table["copier", "copies the start, a preamble"]["mean"] == 1 and table["copier", "copies the start, a preamble"]["n"] == sum(has)
     assert table["skipper", "copies the start, a preamble"]["mean"] < .1 and table["skipper", "copies what follows a preamble"]["mean"] == 1
-    assert table["skipper", "copies the start, no preamble"]["mean"] == 1 and table["skipper", "copies the start, no preamble"]["n"] == 40 - sum(has)
+    plain = table["skipper", "copies the start, no preamble"]
+    assert plain["mean"] == 1 and plain["n"] == 40 - sum(has)
     assert table["reference", "ROUGE-L"]["mean"] == 1 > table["copier", "ROUGE-L"]["mean"]
     assert table["copier", "preferred to lead-3 by the gold judge"]["mean"] == .5
-    assert table["liar", "preferred to lead-3 by copying labelers"]["mean"] < .1 < table["liar", "preferred to lead-3 by honest labelers"]["mean"]
+    honest, copying = (table["liar", f"preferred to lead-3 by {who}"]["mean"] for who in judges)
+    assert copying < .1 < honest
 
 
 # --- the same labels without PPO
@@ -272,11 +276,11 @@ def test_ladder_recovers_planted_strengths():
     """Catches winner and loser exchanged, ties lost, an interval that misses: strengths planted in a round robin."""
     rng = random.Random(0)
     strength = {"a": 0., "b": .5, "c": 1.2}
-    policies = {name: [name] * 300 for name in strength}
+    policies = {name: [name] * 320 for name in strength}
 
     def prefers(post, x, y):
         return float(rng.random() < 1 / (1 + math.exp(strength[y] - strength[x])))
-    rows = probes.elo_table([probes.play(POSTS * 8, {n: t[:320] + t[:20] for n, t in policies.items()}, prefers) for _ in range(3)], "a", draws=40)
+    rows = probes.elo_table([probes.play(POSTS * 8, policies, prefers) for _ in range(3)], "a", draws=40)
     assert [r["policy"] for r in rows] == ["a", "b", "c"] and rows[0]["elo"] == rows[0]["lo"] == rows[0]["hi"] == 1000
     for row in rows[1:]:
         assert row["elo"] == pytest.approx(1000 + 400 / math.log(10) * strength[row["policy"]], abs=45)
@@ -285,10 +289,12 @@ def test_ladder_recovers_planted_strengths():
 
 def test_identical_policies_share_a_rung():
     """Catches ties that go to the one named first."""
-    rows = probes.elo_table([probes.play(POSTS, {"a": "x" * 40, "b": "x" * 40, "c": "y" * 40}, lambda p, a, b: .5 if a == b else .5 + .5 * (a > b)
-                                         if int(p["id"].split("-")[1]) % 4 else 0.)], "a", draws=20)
+    def prefers(post, x, y):  # y beats x on three posts of four
+        return .5 if x == y else float((x > y) == (POSTS.index(post) % 4 > 0))
+    rows = probes.elo_table([probes.play(POSTS, {"a": "x" * 40, "b": "x" * 40, "c": "y" * 40}, prefers)], "a", draws=20)
     ratings = {r["policy"]: r for r in rows}
-    assert ratings["b"]["elo"] == pytest.approx(1000, abs=1e-6) and abs(ratings["b"]["lo"] - 1000) < 1e-6 and ratings["c"]["elo"] != 1000
+    assert ratings["b"]["elo"] == pytest.approx(1000, abs=1e-6) and abs(ratings["b"]["lo"] - 1000) < 1e-6
+    assert ratings["c"]["elo"] == pytest.approx(1000 + 400 * math.log10(3), abs=.1)
     games = probes.play(POSTS[:1], {"a": ["x"], "b": ["y"]}, lambda p, a, b: .5)[0]
     assert sorted(games) == [("a", "b"), ("b", "a")]
 
@@ -303,7 +309,8 @@ def test_figures_are_drawn_from_rows_alone(name, tmp_path, monkeypatch):
     row = {"mean": .6, "lo": .5, "hi": .7, "n": 9}
     judges = ["gold judge", "labelers", *probes.RM_SIZES.values()]
     names = ["labeler", "gold judge", *probes.RM_SIZES.values()]
-    policies = ["lead-3"] + [f"{start}, {labels}" for start in ("supervised + fine-tuned", "fine-tuned") for labels in ("honest", "copying")]
+    starts = ("supervised + fine-tuned", "fine-tuned")
+    policies = ["lead-3"] + [f"{start}, {labels}" for start in starts for labels in ("honest", "copying")]
     measures = ["sentence novelty", "stated facts that are right", "preferred to lead-3 by the gold judge"]
     tables = {
         "probes": {"probes": [{"probe": p, "judge": j, **row} for p in probes.ORDER[1:4] for j in judges],
@@ -319,7 +326,7 @@ def test_figures_are_drawn_from_rows_alone(name, tmp_path, monkeypatch):
                            for i, p in enumerate(("reference", "ppo", "ppo, small", "best-of-n"))],
                    "agreement": [{"pairs": p, "judge": "labeler", "other": o, **row} for p in ("two SFT samples", "two policies")
                                  for o in ("labeler", "gold judge")]}}[name]
-    facts = {"posts": 40, "seeds": 2, "copy_bias": 9., "labels": 77, "novelty_ratio_fine-tuned": .4, "novelty_ratio_supervised + fine-tuned": .3}
+    facts = {"posts": 40, "seeds": 2, "copy_bias": 9., "labels": 77, **{f"novelty_ratio_{start}": .4 for start in starts}}
     measured = {"tables": tables, "facts": facts}
     getattr(probes, "draw_" + name)(measured, tmp_path / "a.png")
     for r in next(iter(tables.values())):
