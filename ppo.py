@@ -65,13 +65,14 @@ class PPOSettings:
     micro: int = 0  # episodes (PPO-ptx: rows) per forward and backward pass, 0: a whole minibatch; the same gradient in less memory
     recompute: bool = False  # compute activations again in the backward pass: less memory, more time
     max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart; 0: none (Ziegler)
+    snapshots: int = 0  # iterations between copies of the policy, which are kept in iteration-N/; 0 keeps none
 
     def validate(self):
         check(self.lr > 0 and self.iterations > 0 and self.batch > 0 and self.epochs > 0, "lr, iterations, batch and epochs "
               "must be above 0")
         check(0 < self.minibatches <= self.batch, "minibatches must be between 1 and batch")
         check(self.micro >= 0 and self.value_coef >= 0, "micro and value_coef must not be negative")
-        check(self.max_grad_norm >= 0, "max_grad_norm must not be negative")
+        check(self.max_grad_norm >= 0 and self.snapshots >= 0, "max_grad_norm and snapshots must not be negative")
         check(self.beta >= 0, "beta must not be negative: a negative KL penalty rewards leaving the reference")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
         check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")
@@ -443,6 +444,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
         samples.write(iteration, [(enc.decode(queries[i]), t) for i, t in zip(rows, texts)], r.score.tolist(), r.kl.tolist())
         controller.update(k1, len(rows))  # for the next rollout
+        if s.snapshots and (iteration + 1) % s.snapshots == 0:
+            policy.save_pretrained(os.path.join(folder, f"iteration-{iteration + 1}"))
         bar.set_postfix(score=f"{r.score.mean().item():.2f}", kl=f"{r.kl.mean().item():.1f}")
         if (iteration + 1) % save_every == 0 and iteration + 1 < until:
             save_state(folder, iteration + 1, saved, optimizer, generator, beta=controller.beta)
@@ -458,7 +461,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
 def main():
     run, settings, out, device = alone(__doc__, "ppo", PPOSettings,
                                        lambda run, s: stop_rule(run.enc, s.stop_token, s.truncate_after, run.R))
-    train_ppo(run.folder, run.enc, [p for p in run.posts["pretrain"] if world.in_task(p)], run.Q, run.R, settings, out, run.seed, device,
+    posts = [p for p in run.posts["pretrain"] if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
+    train_ppo(run.folder, run.enc, posts, run.Q, run.R, settings, out, run.seed, device,
               pretraining=pretraining_rows(run, settings))
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
 

@@ -5,6 +5,7 @@ The whole of "learning to summarize from human feedback" in one command, offline
     python run.py --seed 2 --ppo.beta 0.1
     python run.py --posts posts.jsonl --comparisons comparisons.jsonl      # OpenAI's formats
     python run.py summarize letter.txt # what has been trained summarizes a text of yours
+    python run.py figures              # every figure of the papers, with error bars
 
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
 made with other settings is refused.
@@ -59,10 +60,13 @@ class PostSettings:
     sft: int = 1600  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
     test: int = 500  # held-out posts of the evaluation
     task: str = "tldr"  # of the embedded world: tldr, or stories to be continued: sentiment (happily) or descriptiveness (Ziegler)
+    world: str = "reddit"  # what the posts are about: reddit or news, the second world that takes the part of CNN/DM
+    news: float = 0.0  # share of news among the pretraining posts, as a language model has read of more than its task
 
     def validate(self):
         check(self.task in world.TASK_WEIGHTS, f"data.task must be one of {', '.join(world.TASK_WEIGHTS)}")
         check(min(self.pretrain, self.sft, self.test) > 0, "data.pretrain, data.sft and data.test must be above 0")
+        check(self.world in world.WORLDS and 0 <= self.news <= 1, "data.world must be reddit or news, data.news between 0 and 1")
 
 
 @dataclass
@@ -181,8 +185,11 @@ def split_posts(run):
         sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
                  "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
         surplus = {"sft", "valid", "test"}  # these will be filtered by length
-        return {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0, s.data.task)
-                for name, n in sizes.items()}
+        posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
+                                        world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
+        news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
+        posts["pretrain"][:len(news)] = news
+        return posts
     posts, skipped = load_posts(run.posts_file)
     print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
     if len(posts) < 8:
@@ -287,7 +294,7 @@ def stage_collect(run):
         if run.round > 1:
             labeler.rng = random.Random(f"labeler-{name}")  # the same people, other mistakes
             comparisons = load_comparisons(of_round(run, "comparisons.jsonl", run.round - 1))[0]
-        for split, posts in (("train", run.posts["collect"]), ("valid", run.posts["held_out"])):
+        for split, posts in (("train", run.posts["collect"][:s.posts]), ("valid", run.posts["held_out"][:s.held_out_posts])):
             begin, end = (round(label_share(k, s) * len(posts)) for k in (run.round - 1, run.round))
             comparisons += collect(run.enc, posts[begin:end], policies, labeler, s.pairs, run.Q, run.R,
                                    torch.Generator().manual_seed(run.seed + 10**6 * (run.round - 1)), rng, split, s.labels, run.stop,
@@ -348,7 +355,7 @@ def stage_ppo(run):
     """PPO against the reward model."""
     if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
         choose_sft(run)
-    posts, s, folder = [p for p in run.posts["pretrain"] if world.in_task(p)], run.settings, of_round(run, "ppo")
+    posts, s, folder = [p for p in run.posts["pretrain"] if world.in_task(p, run.settings.data.world)], run.settings, of_round(run, "ppo")
     until = round(s.ppo.iterations * run.round / s.collect.rounds) if s.collect.online else s.ppo.iterations
     if s.collect.online and run.round > 1 and not os.path.exists(os.path.join(folder, "state.pt")):
         os.makedirs(folder, exist_ok=True)
@@ -419,11 +426,11 @@ def same_stages(base, old, new):
     """Names of the stages that a run of configuration `new` would only repeat from the folder `base` of configuration `old`.
 
     Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
-    serves many seeds of what comes after it."""
+    serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its posts."""
     a, b = old.get("settings", {}), new["settings"]
-    sizes = [{key: s.get("collect", {}).get(key) for key in ("posts", "held_out_posts")} for s in (a, b)]
-    if sizes[0] != sizes[1] or any(a.get(part) != b[part] or old.get(file) != new[file] for part in ("model", "data")
-                                   for file in ("posts", "comparisons")):
+    a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
+    few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
+    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in ("posts", "comparisons")):
         return []
     differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
     if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]):
@@ -476,14 +483,15 @@ def all_stages(run):
     return out
 
 
-def run_stages(run):
-    """Every stage that has not left its result yet -> seconds of each, whether any worked."""
+def run_stages(run, until=None):
+    """Every stage that has not left its result yet, up to `until` -> seconds of each, whether any worked."""
     seconds_file = path(run, "seconds.json")
     seconds = {}
     if os.path.exists(seconds_file):
         with open(seconds_file) as f:
             seconds = json.load(f)
     worked, stages = False, all_stages(run)
+    stages = stages[:[name for name, *_ in stages].index(until or STAGES[-1][0]) + 1]
     for number, (name, result, stage, run.round) in enumerate(stages, 1):
         if name != "data" and not hasattr(run, "enc"):
             run.__dict__.update(open_run(run.folder).__dict__)
@@ -510,8 +518,10 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto"):
-    """Every stage with these settings in the folder `out`, then the report. base: a run's folder whose stages may be taken over."""
+def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto", until=None):
+    """Every stage with these settings in the folder `out`, then the report; or the stages up to `until`, and no report.
+
+    base: a run's folder whose stages may be taken over."""
     config = {"preset": name, "seed": seed, "posts": posts, "comparisons": comparisons, "base": base,
               "settings": dataclasses.asdict(settings)}
     if base is not None:
@@ -522,17 +532,18 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
     run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), posts_file=posts,
                           comparisons_file=comparisons)
     try:
-        seconds, worked = run_stages(run)
+        seconds, worked = run_stages(run, until)
     except DataError:
         if not os.path.exists(path(run, "data", "lengths.json")):  # nothing was begun: other settings may take the folder
             for file in ("config.json", "seconds.json"):
                 if os.path.exists(path(run, file)):
                     os.remove(path(run, file))
         raise
-    evaluation.write_report(out, seconds, peak_memory() if worked else None)
+    if until is None:
+        evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
-COMMANDS = {"ablations": "ablations", "summarize": "summarize"}  # python run.py COMMAND: the module whose main(argv) it is
+COMMANDS = {name: name for name in ("ablations", "figures", "summarize")}  # python run.py COMMAND: the module whose main(argv) it is
 
 
 def main():
