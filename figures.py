@@ -19,6 +19,7 @@ import html
 import json
 import math
 import os
+import sys
 import time
 from collections import namedtuple
 from functools import partial
@@ -27,6 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from rouge_score import rouge_scorer
+from safetensors import safe_open
 
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
@@ -60,7 +62,7 @@ def make_lab(out, seeds=(1, 2, 3), quick=False, preset_name="tiny", device="auto
     size: one of SIZES; changes: settings such as **{"ppo.beta": 0.1}. given: a run that the default size's base takes stages from."""
     changes = {} if preset_name == "test" else QUICK if quick else FULL
     lab = SimpleNamespace(out=out, seeds=list(seeds), quick=quick, preset=preset_name, device=device, changes=changes,
-                          given=given)
+                          given=given, made=set())
     lab.base, lab.labelled, lab.finished = (partial(f, lab) for f in (base, labelled, finished))
     return lab
 
@@ -82,10 +84,13 @@ def make(lab, name, until, seed, size, changes, base=None):
     """The run's folder, its stages up to `until` done."""
     name = "-".join([name] + [f"{key}={value}" for key, value in sorted(changes.items())])
     folder = os.path.join(lab.out, "runs", name)
+    if (folder, until) in lab.made:
+        return folder
     began = time.time()
     run_pipeline(lab_settings(lab, size, changes), seed, folder, lab.preset, base, device=lab.device, until=until)
     if time.time() - began > 2:
         say(f"    {name} up to {until}: {time.time() - began:.0f} s")
+    lab.made.add((folder, until))
     return folder
 
 
@@ -140,7 +145,6 @@ def bar(ax, x, row, name, colour, width=.36, label=None):
 
 def read_size(folder):
     """Parameters of a run's models."""
-    from safetensors import safe_open
     with safe_open(os.path.join(folder, "pretrained", "model.safetensors"), "pt") as f:
         return sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
 
@@ -159,7 +163,7 @@ def measure_preference(lab):
             controlled = [length_controlled_win_rate(w, x) for w, x in zip(gold, ratio)]
             rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of("preferred", gold),
                          "equal_length": float(np.mean(controlled)), "equal_length_lowest": min(controlled),
-                         "equal_length_highest": max(controlled), "posts": len(runs[0]), "seeds": len(runs)})
+                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))), "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"preference": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
 
 
@@ -195,8 +199,7 @@ def caption_preference(measured):
             f"size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} and "
             f"{ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} seeds of "
             "comparisons, reward model and PPO; bars: 95 % bootstrap over posts and seeds on the left, lowest and highest seed on the right. "
-            "Different from the paper: ours write less than the authors do, so length control moves them up, not down; and there is one "
-            "pretrained and one SFT model per size, so their bars are over posts.")
+            f"PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT model per size.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,8 +612,7 @@ FIGURES = [
 
 def say(text):
     """A line for the person who waits; what the stages print goes to the log."""
-    with contextlib.redirect_stdout(SCREEN) if SCREEN else contextlib.nullcontext():
-        print(text, flush=True)
+    print(text, file=SCREEN or sys.stdout, flush=True)
 
 
 SCREEN = None  # the standard output while it is redirected
@@ -619,7 +621,6 @@ SCREEN = None  # the standard output while it is redirected
 @contextlib.contextmanager
 def stages_into(path):
     """What is printed within goes to a file, except by say()."""
-    import sys
     global SCREEN
     with open(path, "a") as f:
         SCREEN = sys.stdout

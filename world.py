@@ -98,7 +98,7 @@ NEWS = SimpleNamespace(
             "incident near {place}", "plans to {wish}"],
     body={"event": ["the {relation} {name} {verb} a {object}.", "according to police the {relation} {name} {verb} a {object}.",
                     "witnesses say that the {relation} {name} {verb} a {object}."],
-          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "{time} it was the talk of {place}."],
+          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "reporters reached {place} {time}."],
           "heart": ["the {relation} said to be {feeling} and plans to {wish}.", "friends call {name} {feeling} with plans to {wish}.",
                     "{name} sounded {feeling} and hopes to {wish}."],
           "question": ["will parliament {question}?", "analysts ask whether to {question}.", "voters wonder: will parliament {question}?"]},
