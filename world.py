@@ -13,6 +13,7 @@ be checked against the truth, on a laptop, with no download.
 The judge reads a text with the same sentence patterns that the authors use. A fact counts where a sentence states it;
 words that no pattern accounts for cost, so a salad of the right keywords loses. See `utility` for the formula.
 """
+import functools
 import math
 import random
 import re
@@ -236,6 +237,7 @@ def _judge_patterns(w):
 _PATTERNS = {name: _judge_patterns(w) for name, w in WORLDS.items()}
 
 
+@functools.lru_cache(maxsize=256)  # labelers look at one text again and again
 def read(text, world="reddit"):
     """Read a summary: (claims, unaccounted). claims is a list of (slot, value) in order of mention, unaccounted the
     number of words that no sentence pattern of the world explains."""
