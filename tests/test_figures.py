@@ -55,9 +55,9 @@ def test_what_a_curve_is_made_of():
     post = world.make_posts(1, 3, "x")[0]
     text = "my {relation} {name} {verb} my {object}.".format(**post["facts"])
     labeler = world.Labeler(noise=2., seed=1)
-    asked = np.mean([labeler.compare(post, text, post["summary"])[0] == 0 for _ in range(20000)])
+    asked = np.mean([labeler.compare(post, text, post["summary"])[0] == 0 for _ in range(6000)])
     marks = figures.judged(labeler, [post] * 2, [text, post["summary"]], [1., 3.], [0., 3.])
-    assert marks["labelers"] == pytest.approx([asked, .5], abs=.012) and abs(asked - .5) > .03
+    assert marks["labelers"] == pytest.approx([asked, .5], abs=.02) and abs(asked - .5) > .05
     assert marks["predicted"] == pytest.approx([1 / (1 + math.exp(-1)), .5]) and marks["score"] == [1., 3.]
     u = [world.utility(post, text), world.utility(post, post["summary"])]
     assert marks["utility"] == u and marks["gold"] == [float(u[0] > u[1]), .5]
