@@ -369,6 +369,12 @@ def fit_gao(kl, gain, form):
     return float(theta[0]), float(theta[1]), float(np.sqrt(np.mean((X @ theta - gain) ** 2)))
 
 
+def turn(ppo):
+    """Where the curve turns and where it ends: peak_ and last_ of the rows with the best gold preference and with the most steps."""
+    rows = {"peak": max(ppo, key=lambda r: r["gold"]), "last": ppo[-1]}
+    return {f"{name}_{key}": row[key] for name, row in rows.items() for key in ("iteration", "kl", *CURVES)}
+
+
 def measure_overoptimization(lab):
     weak, long = (TEST_WEAK, TEST_LONG) if lab.preset == "test" else (WEAK, LONG)
     device, of_iteration, of_n, per_seed = pick_device(lab.device), {}, {}, []
@@ -406,11 +412,8 @@ def measure_overoptimization(lab):
         for gain in ("utility", "score"):
             alpha, beta, residual = fit_gao([r["kl"] for r in far], [r[gain] - rows[0][gain] for r in far], curve)
             fits.append({"curve": curve, "gain": gain, "alpha": alpha, "beta": beta, "residual": residual, "points": len(far)})
-    peak, last = max(ppo, key=lambda r: r["gold"]), ppo[-1]
     facts = {"posts": len(posts), "posts_best_of_n": len(fewer), "seeds": len(lab.seeds), "posts_compared": settings["posts"],
-             "comparisons": settings["posts"] * settings["pairs"], "temperature": temperature}
-    for name, row in (("peak", peak), ("last", last)):
-        facts |= {f"{name}_{key}": row[key] for key in ("iteration", "kl", *CURVES)}
+             "comparisons": settings["posts"] * settings["pairs"], "temperature": temperature, **turn(ppo)}
     return {"tables": {"ppo": ppo, "best_of_n": best_of_n, "fits": fits, "seeds": per_seed}, "facts": facts}
 
 

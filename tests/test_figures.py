@@ -64,6 +64,22 @@ def test_what_a_curve_is_made_of():
     assert figures.powers_of_2(64) == [1, 2, 4, 8, 16, 32, 64]
 
 
+def test_where_the_curve_turns():
+    """Catches the peak of another curve than gold's, and a turn claimed where gold does not fall or the prediction does not rise."""
+    def rows(gold, predicted):
+        other = dict.fromkeys(("kl", "labelers", "utility", "score"), .5)
+        return [{"iteration": i, **other, "gold": g, "predicted": p} for i, (g, p) in enumerate(zip(gold, predicted))]
+
+    def says(*curves):
+        facts = figures.turn(rows(*curves)) | {"posts": 1, "posts_best_of_n": 1, "seeds": 1, "comparisons": 1, "posts_compared": 1, "temperature": 1}
+        fits = [{"curve": c, "gain": "utility", "alpha": 1., "beta": 1.} for c in ("ppo", "best_of_n")]
+        return "the turn shows" in figures.caption_overoptimization({"facts": facts, "tables": {"fits": fits}})
+    facts = figures.turn(rows([.3, .6, .4], [.2, .7, .9]))
+    assert [facts[k] for k in ("peak_iteration", "peak_gold", "peak_predicted", "last_iteration", "last_gold")] == [1, .6, .7, 2, .4]
+    assert says([.3, .6, .4], [.2, .7, .9])
+    assert not says([.3, .6, .4], [.2, .7, .6]) and not says([.3, .4, .6], [.2, .7, .9]) and not says([.6, .4, .3], [.2, .7, .9])
+
+
 # --- every figure, end to end
 
 
