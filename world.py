@@ -13,11 +13,11 @@ be checked against the truth, on a laptop, with no download.
 The judge reads a text with the same sentence patterns that the authors use. A fact counts where a sentence states it;
 words that no pattern accounts for cost, so a salad of the right keywords loses. See `utility` for the formula.
 """
+import functools
 import math
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from types import SimpleNamespace
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ NEWS = SimpleNamespace(
             "incident near {place}", "plans to {wish}"],
     body={"event": ["the {relation} {name} {verb} a {object}.", "according to police the {relation} {name} {verb} a {object}.",
                     "witnesses say that the {relation} {name} {verb} a {object}."],
-          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "{time} it was the talk of {place}."],
+          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "reporters reached {place} {time}."],
           "heart": ["the {relation} said to be {feeling} and plans to {wish}.", "friends call {name} {feeling} with plans to {wish}.",
                     "{name} sounded {feeling} and hopes to {wish}."],
           "question": ["will parliament {question}?", "analysts ask whether to {question}.", "voters wonder: will parliament {question}?"]},
@@ -237,7 +237,7 @@ def _judge_patterns(w):
 _PATTERNS = {name: _judge_patterns(w) for name, w in WORLDS.items()}
 
 
-@lru_cache(maxsize=20000)  # ten workers and every judge read the same text
+@functools.lru_cache(maxsize=256)  # labelers look at one text again and again
 def read(text, world="reddit"):
     """Read a summary: (claims, unaccounted). claims is a list of (slot, value) in order of mention, unaccounted the
     number of words that no sentence pattern of the world explains."""

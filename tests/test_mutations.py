@@ -113,6 +113,23 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("ppo", "[policy] if value_model is policy else [policy, value_model]", "[policy]", "value_model_is_trained"),
     ("ppo", "controller.update(k1, len(rows))", "controller.update(k1, 1)", "adaptive_kl_steers_the_next_rollout"),
     ("ppo", "final = average if s.ema else policy", "final = policy", "what_is_saved_as_the_policy"),
+    ("ppo", "(iteration + 1) % s.snapshots == 0", "iteration % s.snapshots == 0", "snapshots_are_the_policy_along_the_way"),
+    # figures.py
+    ("figures", "np.stack([d, -d * (", "np.stack([d, d * (", "gao_forms_recover_what_was_planted"),
+    ("figures", 'np.log(d) if form == "ppo" else d)]', 'd if form == "ppo" else np.log(d))]', "gao_forms_recover_what_was_planted"),
+    ("figures", "d = np.sqrt(np.asarray(kl, float))", "d = np.asarray(kl, float)", "gao_forms_recover_what_was_planted"),
+    ("figures", "np.sqrt(np.mean((X @ theta - gain) ** 2))", "np.sqrt(np.sum((X @ theta - gain) ** 2))", "gao_forms_recover_what_was_planted"),
+    ("figures", "means = ((seeds @ values) * posts)", "means = (values.mean(0) * posts)", "intervals_over_seeds_and_posts"),
+    ("figures", "means = ((seeds @ values) * posts)", "means = ((seeds @ values) / N)", "intervals_over_seeds_and_posts"),
+    ("figures", 'labeler.worth(post, post["summary"], k) - labeler.worth(post, text, k)',
+     'labeler.worth(post, text, k) - labeler.worth(post, post["summary"], k)', "what_a_curve_is_made_of"),
+    ("figures", "np.asarray(reference_scores) - np.asarray(scores)", "np.asarray(scores) - np.asarray(reference_scores)", "what_a_curve_is_made_of"),
+    ("figures", 'math.log2(r["comparisons"]), math.log2(r["parameters"])]', 'math.log2(r["parameters"]), math.log2(r["comparisons"])]',
+     "points_per_doubling_recover_what_was_planted"),
+    ("figures", "/ math.sqrt(len(values))) if len(values)", ") if len(values)", "points_per_doubling_recover_what_was_planted"),
+    ("figures", 'max(ppo, key=lambda r: r["gold"])', 'min(ppo, key=lambda r: r["gold"])', "where_the_curve_turns"),
+    ("world", "unaccounted = read(summary, world_of(post))", "unaccounted = read(summary)", "news_are_another_world"),
+    ("run", 'run.posts["collect"][:s.posts]', 'run.posts["collect"]', "pipeline::a_run_may_end_early_and_compare_fewer_posts_than_its_base"),
 ]
 
 
