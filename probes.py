@@ -34,12 +34,13 @@ STRANGERS = 10**6  # added to a labeler's seed: workers with other weights, whos
 def rate(values, posts, seeds, draws=1000):
     """{mean, lo, hi, n} of values [N] of these posts and seeds: the bootstrap draws whole posts and, of several, whole seeds."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
-    weights = np.ones((draws, len(values)))
-    for names in (posts, seeds):
-        kinds, index = np.unique(np.asarray(names), return_inverse=True)
-        weights *= rng.multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), draws)[:, index]
-    weights = weights[weights.sum(1) > 0]
-    lo, hi = np.percentile(weights @ values / weights.sum(1), [2.5, 97.5])
+    (posts, column), (seeds, row) = (np.unique(np.asarray(names), return_inverse=True) for names in (posts, seeds))
+    sums, counts = np.zeros((2, len(seeds), len(posts)))
+    np.add.at(sums, (row, column), values)
+    np.add.at(counts, (row, column), 1)
+    of_seeds, of_posts = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in (len(seeds), len(posts)))  # how often each is drawn
+    totals, sizes = (((of_seeds @ x) * of_posts).sum(1) for x in (sums, counts))
+    lo, hi = np.percentile(totals[sizes > 0] / sizes[sizes > 0], [2.5, 97.5])
     return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
 
 
@@ -473,7 +474,7 @@ def play(posts, policies, prefers):
     return games
 
 
-def elo_table(games, anchor, draws=200):
+def elo_table(games, anchor, draws=100):
     """Elo ratings, the anchor's 1000, with 95 % bootstrap intervals over posts and seeds. games [seeds][posts] of play() -> rows"""
     S, N, rng = len(games), len(games[0]), np.random.default_rng(0)
 
@@ -619,13 +620,13 @@ def measure_ladder(lab):
         people.rng = random.Random(f"ladder-{seed}")
         games["gold judge"].append(play(posts, policies, lambda p, a, b: float(wins(world.utility(p, a), world.utility(p, b)))))
         games["labelers"].append(play(posts, policies, lambda p, a, b: .5 if a == b else 1.0 - people.compare(p, a, b)[0]))
-        every = [(p, policies[a][i], policies[b][i]) for i, p in enumerate(posts) for a, b in itertools.combinations(policies, 2)
-                 if policies[a][i] != policies[b][i] and policies[a][i] and policies[b][i]]
+        every = [(p, *(policies[name][i] for name in people.rng.sample(list(policies), 2))) for i, p in enumerate(posts) for _ in range(4)]
+        every = [(p, a, b) for p, a, b in every if a != b and a and b]
         for which, pairs in (("two SFT samples", sampled_pairs(run, "sft", device)), ("two policies", every)):
             signs = people_signs(run, pairs) | {"gold judge": np.sign([world.utility(p, a) - world.utility(p, b) for p, a, b in pairs])}
             units += [{"pairs": which, **unit} for unit in agreements(signs, [post_key(p) for p, _, _ in pairs], seed)]
     return {"tables": {"elo": [{"judge": judge, **row} for judge, played in games.items()
-                               for row in elo_table(played, "reference", 50 if lab.quick else 200)],
+                               for row in elo_table(played, "reference")],
                        "agreement": summarise(units, "pairs", "judge", "other")}, "facts": facts_of(lab, posts)}
 
 
