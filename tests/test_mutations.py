@@ -204,6 +204,26 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("figures", 'max(ppo, key=lambda r: r["gold"])', 'min(ppo, key=lambda r: r["gold"])', "where_the_curve_turns"),
     ("world", "unaccounted = read(summary, world_of(post))", "unaccounted = read(summary)", "news_are_another_world"),
     ("run", 'run.posts["collect"][:s.posts]', 'run.posts["collect"]', "pipeline::a_run_may_end_early_and_compare_fewer_posts_than_its_base"),
+    # probes.py
+    ("probes", "totals, sizes = (((of_seeds @ x) * of_posts)", "totals, sizes = (((of_seeds @ x) * of_posts.mean(0))", "rate_draws_posts_and_seeds_whole"),
+    ("probes", "totals, sizes = (((of_seeds @ x)", "totals, sizes = ((x.mean(0)", "rate_draws_posts_and_seeds_whole"),
+    ("probes", "labeler.worth(post, a, w) - labeler.worth(post, b, w)", "labeler.worth(post, b, w) - labeler.worth(post, a, w)",
+     "preference_is_what_labelers_do"),
+    ("probes", "labeler.worth(post, b, w)) / labeler.noise", "labeler.worth(post, b, w)) * labeler.noise", "preference_is_what_labelers_do"),
+    ("probes", "for u, v, post in zip(x, y, posts) if u and v]", "for u, v, post in zip(x, y, posts)]", "agreement_of_planted_judges"),
+    ("probes", "signs.get(a + \"'\", signs[a]) if a == b", "signs[a] if a == b", "agreement_of_planted_judges"),
+    ("probes", "(sums / (lengths - query_lengths))", "sums", "metrics_judge_the_right_text"),
+    ("probes", "float(x == l) if x else .5", "float(x != l) if x else .5", "length_units_find_a_planted_bias"),
+    ("probes", '(["all"] if g else', '(["all"] if not g else', "length_units_find_a_planted_bias"),
+    ("probes", "out[min(BINS - 1, i * BINS // SUMMARY_WORDS), min(BINS - 1, j", "out[min(BINS - 1, j * BINS // SUMMARY_WORDS), min(BINS - 1, i",
+     "bigram_matches_by_hand"),
+    ("probes", '.append(c["choice"] == k)', '.append(c["choice"] != k)', "what_the_labels_prefer"),
+    ("probes", "if share > .5]", "if share >= .5]", "what_the_labels_prefer"),
+    ("probes", ".5 + sign * (first - .5)", ".5 - sign * (first - .5)", "accuracy_by_judge_is_what_their_labels_say"),
+    ("probes", 'if c["split"] == "valid"]', "]", "accuracy_by_judge_is_what_their_labels_say"),
+    ("probes", "[(b, a)] * int(2 - 2 * won)", "[(a, b)] * int(2 - 2 * won)", "ladder_recovers_planted_strengths identical_policies_share_a_rung"),
+    ("probes", "[value == p[\"facts\"][slot] for slot, value in c]", "[value != p[\"facts\"][slot] for slot, value in c]",
+     "copying_table_on_planted_writers"),
 ]
 
 
