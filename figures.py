@@ -30,6 +30,7 @@ import torch
 from rouge_score import rouge_scorer
 from safetensors import safe_open
 
+import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, lead3, length_controlled_win_rate,
@@ -99,7 +100,11 @@ def until_stages(changes, *stages):
 
 
 def base(lab, size="default", **changes):
-    return make(lab, size, "sft", lab.seeds[0], size, changes, lab.given if size == "default" else None)
+    if until_stages(changes, "sft") == changes != {}:  # another SFT model of the same pretrained one
+        below = base(lab, size)
+    else:
+        below = lab.given if size == "default" else None
+    return make(lab, size, "sft", lab.seeds[0], size, changes, below)
 
 
 def labelled(lab, seed, size="default", **changes):
@@ -164,7 +169,8 @@ def measure_preference(lab):
             controlled = [length_controlled_win_rate(w, x) for w, x in zip(gold, ratio)]
             rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of("preferred", gold),
                          "equal_length": float(np.mean(controlled)), "equal_length_lowest": min(controlled),
-                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))), "posts": len(runs[0]), "seeds": len(runs)})
+                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))),
+                         "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"preference": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
 
 
@@ -236,7 +242,7 @@ def draw_axes(measured, path):
 def caption_axes(measured):
     rows, facts = {r["policy"]: r for r in measured["tables"]["axes"]}, measured["facts"]
     gain = {axis: rows["ppo"][axis] - rows["sft"][axis] for axis in AXES}
-    return (f"In the paper human feedback is ahead of supervised training on every axis, most of all on coverage. Ours: PPO over SFT by "
+    return ("In the paper human feedback is ahead of supervised training on every axis, most of all on coverage. Ours: PPO over SFT by "
             + ", ".join(f"{gain[axis]:+.2f} in {axis}" for axis in AXES)
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT {rows['sft']['overall_at_least_6_5']:.0%}, "
             f"reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: 45 %, 20 %, 23 %). The gold judge's marks, "
@@ -610,6 +616,16 @@ FIGURES = [
            caption_reward_scaling, 4),
     Figure("best_of_n", "Best of n by reward models and by ROUGE (Stiennon 2020, figure 7)", measure_best_of_n, draw_best_of_n,
            caption_best_of_n, 1),
+    Figure("probes", "Probes of reward models (Stiennon 2020, tables 16 and 17)", probes.measure_probes, probes.draw_probes,
+           probes.caption_probes, 1),
+    Figure("agreement", "Who agrees with whom (Stiennon 2020, tables 20 and 22)", probes.measure_agreement, probes.draw_agreement,
+           probes.caption_agreement, 1),
+    Figure("copying", "Novelty, accuracy and where summaries copy from (Ziegler 2019, tables and pictures of copying)", probes.measure_copying,
+           probes.draw_copying, probes.caption_copying, 8),
+    Figure("critics", "The same labels without PPO, and judges who did not train it (asked by critics; InstructGPT 2022, section 4.1)",
+           probes.measure_critics, probes.draw_critics, probes.caption_critics, 3),
+    Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
+           probes.draw_ladder, probes.caption_ladder, 1),
 ]
 
 
