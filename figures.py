@@ -169,7 +169,8 @@ def measure_preference(lab):
             controlled = [length_controlled_win_rate(w, x) for w, x in zip(gold, ratio)]
             rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of("preferred", gold),
                          "equal_length": float(np.mean(controlled)), "equal_length_lowest": min(controlled),
-                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))), "posts": len(runs[0]), "seeds": len(runs)})
+                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))),
+                         "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"preference": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
 
 

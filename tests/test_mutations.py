@@ -54,7 +54,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("reward", "return torch.where(real, scores, 0)", "return scores", "score_responses_of_uneven_groups"),
     ("reward", "int(ranks[j] < ranks[i])", "int(ranks[j] > ranks[i])", "a_ranking_is_its_pairs"),
     ("reward", "if ranks[i] != ranks[j]", "if i != j", "a_ranking_is_its_pairs"),
-    ("reward", "candidates[1:]", "candidates", "a_ranking_is_its_pairs"),
+    ("reward", "post, candidates[1:], labels", "post, candidates, labels", "a_ranking_is_its_pairs"),
     ("reward", "int(i != best)", "int(i == best)", "a_choice_of_the_best_is_its_pairs"),
     ("reward", '"pairs": [(0, 1)]', '"pairs": [(1, 0)]', "training_learns_what_was_chosen shuffled_comparisons_are_the_same_ones_in_as_many_steps"),
     ("reward", "model.score.bias -= scores.mean()", "model.score.bias += scores.mean()", "the_shift_makes_references_0_and_moves_nothing_else"),
