@@ -109,7 +109,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("sft", "return ids[0], after", "return ids[0], 0", "pipeline::choices_as_in_ziegler_go_through_every_stage"),
     ("data", "(TASKS[task].stop == EOS if stop is None else stop[0] == eos)", "True", "response_starts_with_a_blank_and_keeps_eos reward::normalising_rows_are_references_or_samples"),
     ("evaluation", " and len(response) > after", "", "what_has_ended_is_what_the_rule_says"),
-    ("run", 'path(run, "comparisons.jsonl"), run.Q, run.R, run.stop)', 'path(run, "comparisons.jsonl"), run.Q, run.R)',
+    ("run", 'of_round(run, "comparisons.jsonl"), run.Q, run.R, run.stop)', 'of_round(run, "comparisons.jsonl"), run.Q, run.R)',
      "pipeline::choices_as_in_ziegler_go_through_every_stage"),
     ("ppo", "lerp_(p, 1 - decay)", "lerp_(p, decay)", "average_is_the_weighted_sum_of_all_weights"),
     ("ppo", "return -beta * (logprobs - ref_logprobs - kl)", "return beta * (logprobs - ref_logprobs - kl)",
