@@ -121,7 +121,7 @@ def text_rows(path, enc, T):
     """Yield the tokens of a text file or a folder of them in rows of T; the last row of each file is shorter and ends in EOS."""
     for file in text_files(path):
         ids, count = [], 0
-        for more in _parallel(enc.encode_ordinary, book_text(file), 32):
+        for more in parallel(enc.encode_ordinary, book_text(file), 32):
             ids += more
             whole = len(ids) // T * T
             yield from (ids[i:i + T] for i in range(0, whole, T))
@@ -134,18 +134,29 @@ def text_rows(path, enc, T):
 def excerpts(rows, enc, n, seed, task="sentiment", least=32):
     """Up to n queries to continue, as posts, one from each of n rows of text_rows (T = 2Q is a good length), which are tried
     in an order drawn from seed: what follows the row's first '.', cut to Q tokens, then after its last '.'; excerpts under
-    `least` tokens are passed over. (The paper: 32 to 64 tokens.)"""
+    `least` tokens are passed over. (The paper: 32 to 64 tokens.) `summary` is what follows in the row, as a response would end."""
     (stop,), posts = enc.encode_ordinary("."), []
     for i in random.Random(seed).sample(range(len(rows)), len(rows)):
         ids = rows[i]
-        ids = ids[ids.index(stop) + 1:][:TASKS[task].Q] if stop in ids else []
+        all_ids = ids[ids.index(stop) + 1:] if stop in ids else []
+        ids = all_ids[:TASKS[task].Q]
         ids = ids[:len(ids) - ids[::-1].index(stop)] if stop in ids else []
+        after = all_ids[len(ids):len(ids) + TASKS[task].R]
+        if stop in after[TASKS[task].earliest:]:
+            after = after[:after.index(stop, TASKS[task].earliest) + 1]
         text = enc.decode(ids)
         if len(ids) >= least and enc.encode_ordinary(text) == ids:  # a token cut out of a word may read differently alone
-            posts.append({"id": f"row-{i}", "subreddit": "", "title": "", "post": text, "summary": "", "task": task})
+            posts.append({"id": f"row-{i}", "subreddit": "", "title": "", "post": text, "summary": enc.decode(after), "task": task})
         if len(posts) == n:
             break
     return posts
+
+
+def held_out_text(rows):
+    """-> indices of the rows to train on, and of those to test on: one stretch of four in every eighty."""
+    index = np.arange(len(rows))
+    held_out = index // 4 % 20 == 1
+    return index[~held_out], index[held_out]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +235,12 @@ def _write_rows(rows, file, ends_file):
     return np.array(ends)
 
 
+def stored_text(folder, paths, enc, T):
+    """text_rows of files and folders, as TokenRows."""
+    files = [file for path in paths for file in text_files(path)]
+    return store_rows(folder, files, enc, ["text", T], itertools.chain.from_iterable(text_rows(file, enc, T) for file in files))
+
+
 def post_rows(path, enc, Q, R, task="tldr", need_summary=True):
     """Yield query, response, query, response, ... of the posts of a file, as load_posts returns them."""
     return _encoded(enc, Q, R, ((at, post, [post["summary"]]) for at, post in posts_of(path, task, need_summary) if post))
@@ -243,10 +260,10 @@ def _encoded(enc, Q, R, rows):
             return [encode_query(enc, post, Q)] + [encode_response(enc, s, R, post.get("task", "tldr")) for s in summaries]
         except DataError as e:
             raise DataError(f"{at}: {e}") from None
-    return itertools.chain.from_iterable(_parallel(encode, rows, 1024))
+    return itertools.chain.from_iterable(parallel(encode, rows, 1024))
 
 
-def _parallel(function, items, chunk):
+def parallel(function, items, chunk):
     """map on all cores, in order, with `chunk` items at a time in memory: tiktoken works outside the interpreter's lock."""
     items = iter(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -94,9 +94,9 @@ def load_encoding(path):
 
 
 def write_atomic(path, text):
-    """All of the file or nothing: a temporary file, fsync, rename."""
+    """All of the file or nothing: a temporary file, fsync, rename. text: a str, or an iterable of them."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
+        f.writelines([text] if isinstance(text, str) else text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
@@ -111,9 +111,12 @@ SYMBOLS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerat
 
 
 def gpt2_encoding(folder=None):
-    """GPT-2's encoding of 50,257 tokens from encoder.json (ids) and vocab.bpe (merges, in order) of a folder, else of the
-    cache, else downloaded there. Raises DataError where they are missing or do not belong together."""
-    encoder, merges = (os.path.join(folder, name) if folder else fetch("gpt2/" + name) for name in ("encoder.json", "vocab.bpe"))
+    """GPT-2's encoding of 50,257 tokens from encoder.json (ids) and vocab.bpe (merges, in order) of a folder, or what
+    save_vocabulary left there; else from the cache, else downloaded there. Raises DataError where they are missing or do not belong together."""
+    names = ("encoder.json", "vocab.bpe")
+    if folder and os.path.exists(os.path.join(folder, "vocab.json")):  # the same two as transformers names them, and save_vocabulary
+        names = ("vocab.json", "merges.txt")
+    encoder, merges = (os.path.join(folder, name) if folder else fetch("gpt2/" + name) for name in names)
     try:
         with open(encoder, encoding="utf-8") as f:
             ids = json.load(f)
@@ -167,8 +170,8 @@ TASKS = {
     "tldr": Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # Stiennon
     "cnndm": Task("Article:\n{post}\n\nTL;DR:\n", "", 1919, 128, EOS, 0),  # Stiennon's supervised model
     "cnndm-transfer": Task("{post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # articles for a model that was trained on tldr
-    "sentiment": Task("{post}", "", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book
-    "descriptiveness": Task("{post}", "", 64, 24, ".", 16),
+    "sentiment": Task("{post}", " ", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book
+    "descriptiveness": Task("{post}", " ", 64, 24, ".", 16),
 }
 LABEL_PAD = 50259  # what fills the arrays of Ziegler's label files, two beyond GPT-2's vocabulary
 MAX_TEXT = 200_000  # characters of one text; tiktoken fails on a million blanks in a row
@@ -263,6 +266,7 @@ def _post(row, task, at):
     if row.get("article") is not None and row.get("post") is None:  # its beginning is cleaned as OpenAI does
         row["post"] = re.sub(r"\A.{0,95}\(CNN\)\s*(--\s*)?", "", _text(row, "article", at))
         del row["article"]
+        task = "cnndm-transfer" if task == "tldr" else task  # a model that was trained on posts meets an article
     task = _label(row, "task", at) or task
     if task not in TASKS:
         raise DataError(f"{at}: the task must be one of {', '.join(TASKS)}, found {task!r:.60}")
@@ -323,7 +327,7 @@ def comparisons_of(path, task="cnndm-transfer"):
         confidence = extra.get("confidence") if isinstance(extra, dict) else None
         if confidence is not None and (type(confidence) not in (int, float) or not abs(confidence) < 1000):
             raise DataError(f"{at}: 'extra.confidence' must be a number, found {confidence!r:.60}")
-        row["extra"] = {"confidence": confidence}
+        row["extra"] = {**(extra if isinstance(extra, dict) else {}), "confidence": confidence}
         a, b = (s["text"].strip() for s in summaries)
         yield at, row if usable and not tie and a and b and a != b else None
 
@@ -414,7 +418,7 @@ def post_key(info):
 
 
 def save_json_lines(path, rows):
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, (json.dumps(row) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,10 @@ Measuring is apart from sampling (sample_policies, the only part that runs model
 Every rate comes with its number of posts and a 95 % bootstrap interval over posts.
 """
 import csv
+import functools
+import gzip
 import json
+import lzma
 import math
 import os
 import re
@@ -23,7 +26,7 @@ import world
 from data import DataError, decode_response, encode_query, encode_response, pad_rows, post_key, write_atomic
 from ppo import compare_policies, kl_estimates
 from reward import sample_responses, score_all, score_groups
-from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
+from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
 POLICIES = ["reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"]
 
@@ -124,6 +127,45 @@ def sentence_novelty(summary, source):
         return " ".join(text.lower().split())
     sentences = [flat(s) for s in re.split(r"(?<=[.!?])\s+", summary.strip()) if s.strip()]
     return sum(s not in flat(source) for s in sentences) / max(1, len(sentences))
+
+
+def rouge(text, reference):
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming, by Google's rouge_score."""
+    scores = rouge_scorer().score(reference, text)
+    return {name: score.fmeasure for name, score in scores.items()}
+
+
+@functools.cache
+def rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a language model of real text against gzip and xz
+
+def held_out_bits(model, run):
+    """Bits per byte of the run's held-out posts (query and summary) and held-out text, beside what gzip and xz make of the same text.
+
+    -> {"posts": {model, gzip, xz, bytes}, "text": the same, or absent}. The first token of each row is given, and its bytes are not
+    counted; that a post ends costs the model its bits too."""
+    queries, responses = (rows[:500] for rows in stored_posts(run, "valid"))
+    text, out = run_text(run), {}
+    parts = {"posts": [q + r for q, r in zip(queries, responses)]} | ({"text": list(text[1])[:500]} if text else {})
+    for name, rows in ((name, [row for row in rows if len(row) > 1]) for name, rows in parts.items()):
+        if rows:
+            tokens = sum(len(row) - 1 for row in rows)
+            nats = tokens * evaluate_lm(model, [row[:1] for row in rows], [row[1:] for row in rows], batch=16)
+            raw = b"".join(run.enc.decode_bytes([i for i in row[1:] if i != run.enc.n_vocab - 1]) for row in rows)
+            out[name] = {"model": nats / math.log(2) / len(raw), "gzip": 8 * len(gzip.compress(raw, 9)) / len(raw),
+                         "xz": 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw), "bytes": len(raw)}
+    return out
+
+
+def bits_text(bits):
+    """held_out_bits in sentences."""
+    return [f"Held-out {name} ({b['bytes']:,} bytes): {b['model']:.3f} bits per byte; gzip -9 {b['gzip']:.3f}, xz -9e {b['xz']:.3f}."
+            for name, b in bits.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,6 +286,11 @@ def measure_policies(rows):
             "no_eos": float(np.mean([not s["eos"] for s in mine])),
             "copy_fraction": float(np.mean([copy_fraction(s["text"], row["post"]["post"]) for row, s in zip(rows, mine)])),
             "n": len(rows)}
+        if not gold_known:  # the authors' own words are all there is to compare with
+            scores = [rouge(s["text"], row["post"]["summary"]) for row, s in zip(rows, mine)]
+            for key in ("rouge1", "rouge2", "rougeL"):
+                values = [s[key] for s in scores]
+                out[name] |= {key: float(np.mean(values)), key + "_ci": bootstrap_ci(values)}
     return out
 
 
@@ -297,6 +344,9 @@ def draw_training(folder, path):
     figure, (axes,) = new_figure(columns=3, width=4)
     for ax, (stage, label) in zip(axes, (("pretrained", "pretraining"), ("sft", "SFT"), ("reward", "reward model"))):
         rows = [r for r in read_metrics(os.path.join(folder, stage)) if "loss" in r]
+        if not rows:  # weights made elsewhere
+            ax.set(title=label + ": none")
+            continue
         ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=BLUE, alpha=.3, lw=.8)
         window = max(1, len(rows) // 20)
         smooth = np.convolve([r["loss"] for r in rows], np.ones(window) / window, "valid")
@@ -363,7 +413,7 @@ def print_table(header, rows):
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
-def report_text(settings, seconds, reward, policies, samples):
+def report_text(settings, seconds, reward, policies, samples, bits=None):
     """report.md"""
     header, rows = table_rows(policies)
     n = policies["reference"]["n"]
@@ -372,6 +422,14 @@ def report_text(settings, seconds, reward, policies, samples):
            "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature.", "",
            "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     out += ["| " + " | ".join(row) + " |" for row in rows]
+    if policies["reference"].get("rouge1") is not None:
+        out += ["", "## ROUGE against the authors' summaries", "", "F1, stemmed, greedy decoding; 95 % intervals over posts.", "",
+                "| policy | ROUGE-1 | ROUGE-2 | ROUGE-L |", "|---|---|---|---|"]
+        out += ["| " + " | ".join([LABELS[name].replace("\n", " "), *("{:.1%} ({:.1%} to {:.1%})".format(p[k], *p[k + "_ci"])
+                                   for k in ("rouge1", "rouge2", "rougeL"))]) + " |"
+                for name, p in ((n, policies[n]) for n in POLICIES[1:] if n in policies)]
+    if bits:
+        out += ["", "## Language model", "", *bits_text(bits)]
     out += ["", "![win rates](win_rates.png)", "", "## Reward model", "",
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
@@ -433,20 +491,29 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     if os.path.exists(labelers):
         with open(labelers) as f:
             reward["labeler_agreement"] = json.load(f)
+    bits, held_out = None, os.path.join(folder, "pretrained", "held_out.json")  # written where the text is real
+    if os.path.exists(held_out):
+        with open(held_out) as f:
+            bits = json.load(f)
     seconds = dict(seconds or old.get("seconds", {}))
     seconds["total"] = sum(t for stage, t in seconds.items() if stage != "total")
     results = {"settings": {k: v for k, v in config.items() if k != "versions"}, "seconds": seconds,
                "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward, "policies": policies}
+    if bits:
+        results["bits_per_byte"] = bits
     write_atomic(results_file, json.dumps(results, indent=1))
     draw_win_rates(policies, os.path.join(report, "win_rates.png"))
     draw_reward(reward, os.path.join(report, "reward.png"))
     draw_training(folder, os.path.join(report, "training.png"))
     draw_ppo(folder, os.path.join(report, "ppo.png"))
-    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples))
+    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples, bits))
     header, rows = table_rows(policies)
     with open(os.path.join(report, "policies.csv"), "w", newline="") as f:
         csv.writer(f).writerows([header] + rows)
     print_table(header, rows)
+    if policies["reference"].get("rouge1") is not None:
+        print("ROUGE-1/2/L: " + "; ".join(f"{LABELS[n].splitlines()[0]} {policies[n]['rouge1']:.1%}/{policies[n]['rouge2']:.1%}/{policies[n]['rougeL']:.1%}"
+                                          for n in POLICIES[1:] if n in policies))
     print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; ceiling {show(reward['labeler_ceiling'])}; "
           f"longer wins {reward['longer_wins']:.1%}")
     memory = "" if peak_rss_mb is None else f", peak memory {peak_rss_mb:.0f} MB"

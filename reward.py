@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
+from corpus import parallel, store_rows
 from data import DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
-from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main,
-                 save_state, set_lr)
+from sft import (MetricsLog, alone, batches, check, cosine, load_model, load_state, make_optimizer, run_main,
+                 save_state, set_lr, stored_posts)
 
 
 @dataclass
@@ -164,7 +165,7 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
                    ask_all(labeler, post, candidates[1:], labels, rng))
         for a, b, choice, confidence, worker in answers:
             comparisons.append({
-                "info": {key: post[key] for key in ("id", "subreddit", "title", "post", "facts")},
+                "info": {key: value for key, value in post.items() if key != "summary"},
                 "summaries": [{"text": " " + t, "policy": name} for name, t in (a, b)], "choice": choice,
                 "worker": worker, "batch": "round-0", "split": split, "extra": {"confidence": confidence}})
     return comparisons
@@ -187,8 +188,8 @@ def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def group_by_post(enc, comparisons, Q, R):
-    """Comparisons -> one entry per post: {query: ids, responses: [ids], pairs: [(better, worse)], index: [comparison]}.
+def group_texts(comparisons):
+    """Comparisons -> one entry per post: {query: the post, responses: [text], pairs: [(better, worse)], index: [comparison]}.
     Each distinct summary of a post becomes one response."""
     posts = defaultdict(list)
     for i, c in enumerate(comparisons):
@@ -200,9 +201,50 @@ def group_by_post(enc, comparisons, Q, R):
             c = comparisons[i]
             a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
-        groups.append({"query": encode_query(enc, comparisons[members[0]]["info"], Q), "pairs": pairs, "index": members,
-                       "responses": [encode_response(enc, text, R) for text in texts]})
+        groups.append({"query": comparisons[members[0]]["info"], "responses": list(texts), "pairs": pairs, "index": members})
     return groups
+
+
+def encode_group(enc, group, Q, R):
+    """-> ids of the query, ids of each response"""
+    info = group["query"]
+    return [encode_query(enc, info, Q)] + [encode_response(enc, text, R, info.get("task", "tldr")) for text in group["responses"]]
+
+
+def group_by_post(enc, comparisons, Q, R):
+    """group_texts with token ids in place of the texts."""
+    groups = []
+    for group in group_texts(comparisons):
+        query, *responses = encode_group(enc, group, Q, R)
+        groups.append({**group, "query": query, "responses": responses})
+    return groups
+
+
+class StoredGroups:
+    """group_by_post of a file of comparisons: encoded once into `folder`, mapped from there afterwards; an entry is read when it is asked
+    for. take(indices) is such a list again."""
+
+    def __init__(self, groups, rows, starts):
+        self.groups, self.rows, self.starts = groups, rows, starts
+
+    @classmethod
+    def of(cls, folder, path, enc, comparisons, Q, R):
+        groups = group_texts(comparisons)
+        rows = itertools.chain.from_iterable(parallel(lambda group: encode_group(enc, group, Q, R), groups, 1024))
+        starts = [0, *itertools.accumulate(1 + len(g["responses"]) for g in groups)]
+        return cls(groups, store_rows(folder, [path], enc, ["groups", Q, R], rows), starts)
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        query, *responses = self.rows[self.starts[i]:self.starts[i] + 1 + len(self.groups[i]["responses"])]
+        return {**self.groups[i], "query": query, "responses": responses}
+
+    def take(self, which):
+        return StoredGroups([self.groups[i] for i in which], self.rows, [self.starts[i] for i in which])
 
 
 def score_responses(model, queries, responses):
@@ -268,8 +310,9 @@ def ungroup(groups):
 def split_comparisons(enc, path, Q, R):
     """Read comparisons.jsonl -> (groups to train on, groups held out, the comparisons)."""
     comparisons, _ = load_comparisons(path)
-    groups = group_by_post(enc, comparisons, Q, R)
-    train, held_out = ([g for g in groups if comparisons[g["index"][0]].get("split") == split] for split in ("train", "valid"))
+    groups = StoredGroups.of(os.path.join(os.path.dirname(path), "tokens"), path, enc, comparisons, Q, R)
+    train, held_out = (groups.take([i for i, g in enumerate(groups.groups) if comparisons[g["index"][0]].get("split") == split])
+                       for split in ("train", "valid"))
     if not train or not held_out:
         raise DataError(f"{path} leaves {len(train)} posts to train on and {len(held_out)} held out; each side needs one")
     return train, held_out, comparisons
@@ -322,7 +365,7 @@ def normalise(model, queries, responses, gain):
 
 def normalising_rows(run, settings, device):
     """queries, responses whose scores train_reward normalises: references or, for gain_bias, the policy's samples of the same posts."""
-    queries, responses = encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R)
+    queries, responses = (rows[:500] for rows in stored_posts(run, "sft"))
     if settings.normalise == "gain_bias":
         policy, temperature = load_model(os.path.join(run.folder, "sft"), device), run.config["settings"]["ppo"]["temperature"]
         responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(run.seed))
