@@ -141,7 +141,7 @@ def excerpts(rows, enc, n, seed, task="sentiment", least=32):
         all_ids = ids[ids.index(stop) + 1:] if stop in ids else []
         ids = all_ids[:TASKS[task].Q]
         ids = ids[:len(ids) - ids[::-1].index(stop)] if stop in ids else []
-        after = all_ids[len(ids):len(ids) + TASKS[task].R]
+        after = [i for i in all_ids[len(ids):len(ids) + TASKS[task].R] if i < enc.n_vocab - 1]  # a book may end here
         if stop in after[TASKS[task].earliest:]:
             after = after[:after.index(stop, TASKS[task].earliest) + 1]
         text = enc.decode(ids)

@@ -30,7 +30,8 @@ def kept(c, rows, T, device, recompute=False):
     block = rows * T * c.n_embd * (8 + (14 if half == 2 else 16) * half)
     if device != "cuda":  # the softmax [T, T] of each head; the kernels on a GPU keep none
         block += rows * c.n_head * T * T * half
-    return rows * T * c.n_embd * 4 * c.n_layer + block if recompute else c.n_layer * block
+    inputs = rows * T * c.n_embd * 4  # of a block, and of the last layer norm
+    return inputs * (c.n_layer + 1) + block if recompute else inputs + c.n_layer * block
 
 
 def forward_flops(c, tokens, T):

@@ -156,7 +156,7 @@ def split_excerpts(run):
         posts = [p for p in excerpts(rows.take(part), enc, n, run.seed, s.task) if p["summary"].strip()]
         if len(posts) < 2:
             raise DataError(f"the texts hold {len(posts)} excerpts for {' and '.join(names)}; more text is needed")
-        splits |= {name: posts[i::len(names)] for i, name in enumerate(names)}
+        splits |= {name: [{**p, "id": f"{name}-{p['id']}"} for p in posts[i::len(names)]] for i, name in enumerate(names)}
     return enc, splits | {"pretrain": splits["pretrain"][:s.pretrain], "sft": splits["pretrain"][:s.sft]}
 
 

@@ -231,7 +231,7 @@ class StoredGroups:
     def of(cls, folder, path, enc, comparisons, Q, R):
         groups = group_texts(comparisons)
         rows = itertools.chain.from_iterable(parallel(lambda group: encode_group(enc, group, Q, R), groups, 1024))
-        starts = [0, *itertools.accumulate(1 + len(g["responses"]) for g in groups)]
+        starts = [0, *itertools.accumulate(1 + len(g["responses"]) for g in groups)][:-1]
         return cls(groups, store_rows(folder, [path], enc, ["groups", Q, R], rows), starts)
 
     def __len__(self):
