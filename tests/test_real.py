@@ -241,7 +241,7 @@ def test_parameters_are_counted_exactly():
 def test_what_is_kept_is_what_autograd_keeps(monkeypatch, recompute):
     """Catches a term left out: bytes of all that the forward pass of the blocks saves, weights apart, in float32."""
     monkeypatch.setattr(estimate, "choose_precision", lambda device: (torch.float32, ""))
-    model = tiny_model(n_embd=64, n_positions=64)
+    model = tiny_model(n_embd=64, n_head=8, n_positions=64)
     model.recompute, weights, seen = recompute, {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(t):
