@@ -170,8 +170,12 @@ TASKS = {
     "tldr": Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # Stiennon
     "cnndm": Task("Article:\n{post}\n\nTL;DR:\n", "", 1919, 128, EOS, 0),  # Stiennon's supervised model
     "cnndm-transfer": Task("{post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # articles for a model that was trained on tldr
-    "sentiment": Task("{post}", " ", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book
+    "sentiment": Task("{post}", " ", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book, which ends in '.'
     "descriptiveness": Task("{post}", " ", 64, 24, ".", 16),
+}
+ZERO_SHOT = {  # of a language model that was trained for none of this (Stiennon): behind examples, and one line ends the summary
+    "zero-shot tldr": Task("Subreddit: r/{subreddit}\n\nTitle: {title}\n\n{post}\n\nTL;DR:", " ", 1999, 48, "\n", 0),
+    "zero-shot cnndm": Task("Article:\n\n{post}\n\nTL;DR:", " ", 1919, 128, "\n", 0),
 }
 LABEL_PAD = 50259  # what fills the arrays of Ziegler's label files, two beyond GPT-2's vocabulary
 MAX_TEXT = 200_000  # characters of one text; tiktoken fails on a million blanks in a row
@@ -425,7 +429,7 @@ def save_json_lines(path, rows):
 # from text to token ids (Stiennon appendix B.1)
 
 def query_text(post):
-    return TASKS[post.get("task", "tldr")].query.format_map(post)
+    return (TASKS | ZERO_SHOT)[post.get("task", "tldr")].query.format_map(post)
 
 
 def encode_query(enc, post, Q):
@@ -458,9 +462,29 @@ def _most_characters(enc, post, Q):
     return len(body)
 
 
-def encode_response(enc, summary, R, task="tldr"):
-    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS."""
-    return enc.encode_ordinary(TASKS[task].lead + summary.strip())[:R - 1] + [enc.n_vocab - 1]
+def in_context_query(enc, post, examples, Q, most):
+    """Zero-shot query of at most Q tokens with as many examples (posts of its task, with their summaries) in front as fit into `most`
+    tokens in all. -> token ids, how many examples
+
+    An example that does not fit is passed over; the first one stands next to the post. Stiennon's code fills its context to the last
+    token and so begins amid an example; ours are whole."""
+    def zero_shot(post):
+        return {**post, "task": "zero-shot " + post.get("task", "tldr").removesuffix("-transfer")}
+    texts = [enc.decode(encode_query(enc, zero_shot(post), Q))]
+    for example in examples:
+        more = [query_text(zero_shot(example)) + " " + example["summary"].strip(), *texts]
+        if len(enc.encode_ordinary("\n\n=====\n\n".join(more))) <= most:
+            texts = more
+    return enc.encode_ordinary("\n\n=====\n\n".join(texts)), len(texts) - 1
+
+
+def encode_response(enc, summary, R, task="tldr", stop=None):
+    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS.
+
+    stop: (token, after) of another rule; a response that ends with '.' has no EOS, so that a reward model reads what PPO will show it.
+    Without a rule the task decides: what continues a text is followed by more text."""
+    ids, eos = enc.encode_ordinary(TASKS[task].lead + summary.strip()), enc.n_vocab - 1
+    return ids[:R - 1] + [eos] if (TASKS[task].stop == EOS if stop is None else stop[0] == eos) else ids[:R]
 
 
 def decode_response(enc, ids):

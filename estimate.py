@@ -53,9 +53,11 @@ def stages(s, c, Q, R, sizes, device):
         out[name] = memory, (4 if part.recompute else 3) * forward_flops(c, tokens, T) + 3 * unembed * tokens * predicted / T
     half = 2 if choose_precision(device)[0] == torch.bfloat16 else 4
     each = sizes["query"] + R * sizes["responses"] / max(1, sizes["groups"])
-    rows = s.reward.batch * each / T
-    branch = 2 * half * c.n_layer * c.n_head * T * s.reward.batch * R * sizes["responses"] / max(1, sizes["groups"])  # to the query
-    out["reward"] = trained + kept(c, rows, T, device) + branch, 3 * forward_flops(c, sizes["groups"] * each * s.reward.epochs, T)
+    posts = min(s.reward.micro or s.reward.batch, s.reward.batch)
+    rows, layers = posts * each / T, 1 if s.reward.recompute else c.n_layer
+    branch = 2 * half * layers * c.n_head * T * posts * R * sizes["responses"] / max(1, sizes["groups"])  # the softmax over the query
+    out["reward"] = (trained + kept(c, rows, T, device, s.reward.recompute) + branch,
+                     (4 if s.reward.recompute else 3) * forward_flops(c, sizes["groups"] * each * s.reward.epochs, T))
     p = s.ppo
     per_minibatch = -(-p.batch // p.minibatches)
     networks = {"separate": 2, "scratch": 2, "shared": 1}[p.value]

@@ -10,6 +10,11 @@ be checked against the truth, on a laptop, with no download.
     utility(posts[0], "my sister anna ...")  # the gold judge: noise-free, what the papers call true preference
     Labeler(noise=1.0).compare(post, a, b)   # a person: sees the same things, makes mistakes, has habits
 
+Ziegler's other task is here too: stories to be continued happily (`sentiment`) or with an eye for physical things
+(`descriptiveness`). Their facts are who, where and what; the judge counts the kinds of sentences that the style asks for.
+
+    stories = make_posts(1000, seed=1, split="train", task="sentiment")
+
 The judge reads a text with the same sentence patterns that the authors use. A fact counts where a sentence states it;
 words that no pattern accounts for cost, so a salad of the right keywords loses. See `utility` for the formula.
 """
@@ -17,6 +22,8 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the vocabulary of the world: for each slot the values that a fact can take
@@ -70,37 +77,116 @@ FILLERS = ["long story short,", "to be honest i do not know where to start.", "t
            "i know how this sounds."]
 
 
-def _pick(rng, slot, other_than=None):
-    return rng.choice([v for v in SLOTS[slot] if v != other_than])
+# everything in which two worlds differ; object, at and me are what TL;DRs are built from
+REDDIT = SimpleNamespace(
+    slots=SLOTS, subreddits=SUBREDDITS, others=OTHER_SUBREDDITS, preambles=PREAMBLES, titles=TITLES, body=BODY, echoes=ECHOES,
+    distractors=DISTRACTORS,
+    tldr_who=TLDR_WHO, tldr_feeling=TLDR_FEELING, tldr_wish=TLDR_WISH, tldr_question=TLDR_QUESTION, fillers=FILLERS,
+    object="my {object}", at="at the {place}", me="i")
+# the second world: other people, other facts, other sentences. It stands to the first as CNN/DM does to TL;DR
+NEWS = SimpleNamespace(
+    slots={
+        "relation": "minister mayor coach actor singer pilot farmer judge doctor banker driver artist".split(),
+        "name": "smith jones garcia miller brown davis lopez wilson moore taylor clark lewis".split(),
+        "verb": "bought opened closed crashed attacked rescued painted designed".split(),
+        "object": "bridge stadium factory ship school museum tower train statue boat theater farm".split(),
+        "place": "berlin paris london tokyo madrid cairo oslo lima boston dublin vienna rome".split(),
+        "time": ["in january", "in april", "in june", "in august", "in october", "in december", "on tuesday", "on thursday",
+                 "last year", "at dawn"],
+        "feeling": "proud shocked grateful optimistic nervous relieved furious disappointed surprised tired".split(),
+        "wish": ["win the election", "pay the fine", "leave politics", "raise wages", "build a second one", "appeal the verdict",
+                 "retire early", "hire more staff", "found a party", "publish a book"],
+        "question": ["cut the budget", "reopen the case", "back the plan", "end the strike", "change the law", "lower the taxes",
+                     "delay the vote", "join the union", "ban the sale", "fund the repair"]},
+    subreddits="world politics business".split(), others="local archive".split(),
+    preambles=["breaking news.", "this story has been updated.", "our correspondent reports."],
+    titles=["{relation} {name} {verb} {object}", "report on {relation} {name}", "{name} is {feeling}", "will parliament {question}?",
+            "incident near {place}", "plans to {wish}"],
+    body={"event": ["the {relation} {name} {verb} a {object}.", "according to police the {relation} {name} {verb} a {object}.",
+                    "witnesses say that the {relation} {name} {verb} a {object}."],
+          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "{time} it was the talk of {place}."],
+          "heart": ["the {relation} said to be {feeling} and plans to {wish}.", "friends call {name} {feeling} with plans to {wish}.",
+                    "{name} sounded {feeling} and hopes to {wish}."],
+          "question": ["will parliament {question}?", "analysts ask whether to {question}.", "voters wonder: will parliament {question}?"]},
+    echoes=["{name} declined to comment.", "the {object} drew large crowds.", "streets in {place} were calm."],
+    distractors=["a {relation2} named {name2} was seen in {place2}.", "the {relation2} seemed {feeling2}.", "a {relation2} hopes to {wish2}.",
+                 "another {relation2} promised to {question2}.", "the {relation2} gave no interview.", "a {relation2} arrived {time2}."],
+    tldr_who=["the {relation} {name}", "{name}", "the {relation}"],
+    tldr_feeling=["they are {feeling}", "they feel {feeling}", "they sounded {feeling}"],
+    tldr_wish=["plan to {wish}", "hope to {wish}", "want to {wish}"],
+    tldr_question=["will parliament {question}?", "it is open whether to {question}.", "is it time to {question}?"],
+    fillers=["more to follow,", "sources confirm this.", "read the full report below.", "in other news,", "experts are divided."],
+    object="a {object}", at="in {place}", me="they")
+WORLDS = {"reddit": REDDIT, "news": NEWS}
 
 
-def _sentence(rng, patterns, facts):
+def world_of(post):
+    """The name of the world that a post is about."""
+    return "news" if post.get("subreddit") in NEWS.subreddits + NEWS.others else "reddit"
+
+
+def _pick(rng, values, other_than=None):
+    return rng.choice([v for v in values if v != other_than])
+
+
+def _sentence(rng, patterns, facts, w):
     """Fill one of `patterns`: {slot} from the facts, {slot2} with any value that is not the fact's."""
     pattern = rng.choice(patterns)
-    others = {slot + "2": _pick(rng, slot, facts[slot]) for slot in SLOTS if "{" + slot + "2}" in pattern}
+    others = {slot + "2": _pick(rng, w.slots[slot], facts[slot]) for slot in w.slots if "{" + slot + "2}" in pattern}
     return pattern.format(**facts, **others)
 
+
+# stories: two people, a place and a thing, in sentences of some kind; {who} and {whom} are either of the two
+STORY_SLOTS = {
+    "who": SLOTS["name"], "whom": SLOTS["name"], "place": SLOTS["place"], "thing": SLOTS["object"],
+    "glad": "happy glad cheerful proud".split(), "sad": "sad gloomy hurt afraid".split(),
+    "kind": "kind gentle sweet good".split(), "rude": "rude cruel cold mean".split(),
+    "colour": "red blue green black white yellow".split(), "shape": "round flat small huge thin heavy".split(),
+    "loud": "loud soft sharp deep".split(), "scent": "smoke soap bread coffee grass paint".split(), "rough": "rough smooth wet dry sticky".split(),
+}
+OPENING = ["one day {who} met {whom} at the {place}.", "{who} had come to the {place} to see {whom}."], \
+          ["{who} had brought the {thing} along.", "they wanted to look at the {thing}."]
+KINDS = {  # each kind of sentence: its wordings
+    "deed": ["{who} walked to the {place} with {whom}.", "{who} put the {thing} on the table.", "{whom} waited for {who} at the {place}.",
+             "then {who} went back to the {place}.", "{who} asked {whom} about the {thing}."],
+    "speech": ["{whom} said it was time to go.", "nobody at the {place} said a word.", "{who} told {whom} to bring the {thing}."],
+    "joy": ["{who} was {glad} and began to laugh.", "{whom} felt {glad} all day long.", "it made {who} very {glad}."],
+    "kindness": ["{whom} gave {who} a long warm hug.", "{who} thanked {whom} for the {thing}.", "{whom} was very {kind} to {who}."],
+    "luck": ["{who} won a prize at the {place}.", "the {thing} worked better than ever.", "it was the best day at the {place}."],
+    "grief": ["{who} was {sad} and began to cry.", "{whom} felt {sad} all day long.", "it made {who} very {sad}."],
+    "quarrel": ["{whom} shouted at {who} for an hour.", "{who} blamed {whom} for the {thing}.", "{whom} was very {rude} to {who}."],
+    "loss": ["{who} lost the money at the {place}.", "the {thing} fell and broke to pieces.", "it was the worst day at the {place}."],
+    "sight": ["the {thing} was {colour} and {shape}.", "{colour} light fell on the {place}.", "the {place} had high {colour} walls."],
+    "sound": ["the {thing} made a {loud} noise.", "a {loud} sound came from the {place}."],
+    "smell": ["the {place} smelled of {scent}.", "there was a smell of {scent} in the air."],
+    "touch": ["the {thing} felt {rough} in the hand.", "the floor of the {place} was {rough}."],
+}
+STYLES = {  # what a continuation is judged by: the worth of each kind that it holds; all else is worth nothing
+    "sentiment": {"joy": 1., "kindness": 1., "luck": 1., "grief": -1., "quarrel": -1., "loss": -1.},
+    "descriptiveness": {"sight": 1., "sound": 1., "smell": 1., "touch": 1.},
+}
+TASK_WEIGHTS = {"tldr": WEIGHTS, **STYLES}
 
 HABIT = {"relation": .2, "name": -.2, "place": -.2, "time": -.2, "feeling": -.2, "wish": .2, "question": .2}  # what people tell first
 
 
-def write_tldr(rng, facts, care, slips, chatter):
+def write_tldr(rng, facts, care, slips, chatter, w=REDDIT):
     """An author's TL;DR. A fact is kept with probability care + HABIT, a kept one is wrong with probability `slips`,
     and up to three phrases that say nothing come with probability `chatter` each."""
-    said = {slot: (_pick(rng, slot, value) if rng.random() < slips else value) for slot, value in facts.items()}
-    keep = {slot: rng.random() < care + HABIT.get(slot, 0) for slot in SLOTS}
-    who = TLDR_WHO[0] if keep["name"] and keep["relation"] else TLDR_WHO[1] if keep["name"] else TLDR_WHO[2]
-    event = f"{who} {{verb}} my {{object}}"
+    said = {slot: (_pick(rng, w.slots[slot], value) if rng.random() < slips else value) for slot, value in facts.items()}
+    keep = {slot: rng.random() < care + HABIT.get(slot, 0) for slot in w.slots}
+    who = w.tldr_who[0] if keep["name"] and keep["relation"] else w.tldr_who[1] if keep["name"] else w.tldr_who[2]
+    event = f"{who} {{verb}} {w.object}"
     if keep["place"]:
-        event += " at the {place}"
+        event += " " + w.at
     if keep["time"]:
         event += " {time}"
-    rest = [rng.choice(TLDR_FEELING)] * keep["feeling"]
-    rest += [("" if keep["feeling"] else "i ") + rng.choice(TLDR_WISH)] * keep["wish"]
+    rest = [rng.choice(w.tldr_feeling)] * keep["feeling"]
+    rest += [("" if keep["feeling"] else w.me + " ") + rng.choice(w.tldr_wish)] * keep["wish"]
     parts = [event + ".", " and ".join(rest) + "."] if rest else [event + "."]
     if keep["question"]:
-        parts.append(rng.choice(TLDR_QUESTION))
-    fillers = rng.sample(FILLERS, 3)
+        parts.append(rng.choice(w.tldr_question))
+    fillers = rng.sample(w.fillers, 3)
     if rng.random() < chatter:
         parts.insert(0, fillers[0])
     if rng.random() < chatter:
@@ -110,27 +196,27 @@ def write_tldr(rng, facts, care, slips, chatter):
     return " ".join(parts).format(**said)
 
 
-def make_post(rng, id, listed=True):
+def make_post(rng, id, listed=True, w=REDDIT):
     """One post: {id, subreddit, title, post, summary, facts}. `summary` is the author's TL;DR of uneven quality.
 
     listed: whether it stands in one of the task's subreddits. The papers fine-tune and evaluate on a whitelist of
     subreddits (Stiennon appendix A); a language model has read the others too, and can do what it saw only there."""
-    facts = {slot: _pick(rng, slot) for slot in SLOTS}
-    story = [_sentence(rng, BODY[part], facts) for part in BODY]
-    story.insert(rng.randint(1, len(story)), _sentence(rng, ECHOES, facts))
+    facts = {slot: _pick(rng, values) for slot, values in w.slots.items()}
+    story = [_sentence(rng, patterns, facts, w) for patterns in w.body.values()]
+    story.insert(rng.randint(1, len(story)), _sentence(rng, w.echoes, facts, w))
     for _ in range(rng.choice([1, 1, 2])):  # other people, anywhere
-        story.insert(rng.randint(0, len(story)), _sentence(rng, DISTRACTORS, facts))
+        story.insert(rng.randint(0, len(story)), _sentence(rng, w.distractors, facts, w))
     if rng.random() < .6:
-        story.insert(0, rng.choice(PREAMBLES))
+        story.insert(0, rng.choice(w.preambles))
     middle = len(story) // 2
     body = " ".join(story[:middle]) + "\n" + " ".join(story[middle:])
     if listed:  # authors differ: one degree of care for the whole TL;DR
         care, slips, chatter = rng.choice([.3, .5, .7]), .003, .5
     else:
         care, slips, chatter = .95, .0, .15
-    return {"id": id, "subreddit": rng.choice(SUBREDDITS if listed else OTHER_SUBREDDITS),
-            "title": _sentence(rng, TITLES, facts), "post": body,
-            "summary": write_tldr(rng, facts, care, slips, chatter), "facts": facts}
+    return {"id": id, "subreddit": rng.choice(w.subreddits if listed else w.others),
+            "title": _sentence(rng, w.titles, facts, w), "post": body,
+            "summary": write_tldr(rng, facts, care, slips, chatter, w), "facts": facts}
 
 
 def is_filtered(tldr_tokens, lo=24, hi=48):
@@ -138,15 +224,39 @@ def is_filtered(tldr_tokens, lo=24, hi=48):
     return lo <= tldr_tokens <= hi
 
 
-def in_task(post):
-    """Whether a post stands in one of the task's subreddits; every real post does."""
-    return "facts" not in post or post["subreddit"] in SUBREDDITS
+def make_story(rng, id, task):
+    """One story: {id, task, subreddit, title, post, summary, facts}, where `post` is its beginning, six or seven sentences, and `summary`
+    the four that follow. Its mood and its eye for physical things stay the same all along."""
+    who, whom = rng.sample(SLOTS["name"], 2)
+    facts = {"who": who, "whom": whom, "place": _pick(rng, "place"), "thing": _pick(rng, "object")}
+    happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
+    kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
+        (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}
+    sentences = [rng.choice(patterns).format(**facts) for patterns in OPENING]
+    more = rng.choice([4, 5]) + 4
+    while len(sentences) < 2 + more:  # nobody tells the same thing twice
+        patterns = KINDS[rng.choices(list(kinds), kinds.values())[0]]
+        if rng.random() < .5:
+            who, whom = whom, who
+        drawn = {slot: rng.choice(values) for slot, values in STORY_SLOTS.items()}
+        sentence = rng.choice(patterns).format(**drawn | facts | {"who": who, "whom": whom})
+        if sentence not in sentences:
+            sentences.append(sentence)
+    return {"id": id, "task": task, "subreddit": "", "title": "", "post": " ".join(sentences[:-4]), "summary": " ".join(sentences[-4:]),
+            "facts": facts}
 
 
-def make_posts(n, seed, split, listed=1.0):
-    """n posts, the same ones for the same (seed, split); a share `listed` of them in the task's subreddits."""
+def in_task(post, world="reddit"):
+    """Whether a post stands in one of the task's subreddits; every story and every real post does."""
+    return "facts" not in post or "task" in post or post["subreddit"] in WORLDS[world].subreddits
+
+
+def make_posts(n, seed, split, listed=1.0, w=REDDIT, task="tldr"):
+    """n posts or stories, the same ones for the same (seed, split); a share `listed` of the posts in the task's subreddits."""
     rng = random.Random(f"{seed}-{split}")
-    return [make_post(rng, f"{split}-{i}", rng.random() < listed) for i in range(n)]
+    if task in STYLES:
+        return [make_story(rng, f"{split}-{i}", task) for i in range(n)]
+    return [make_post(rng, f"{split}-{i}", rng.random() < listed, w) for i in range(n)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +267,7 @@ def words(text):
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
-def _regex(pattern, group):
+def _regex(pattern, group, slots):
     """A pattern such as 'i feel {feeling}' as a regular expression; {slot} captures, {slot2} only matches."""
     parts, out = re.split(r"(\{\w+\})", pattern), []
     for i, part in enumerate(parts):
@@ -167,35 +277,51 @@ def _regex(pattern, group):
         elif part in parts[:i]:  # named twice in one sentence: the same value again
             out.append(f"(?P={slot}_{group})")
         else:
-            values = "|".join(sorted(SLOTS[slot.rstrip("2")], key=len, reverse=True))
+            values = "|".join(sorted(slots[slot.rstrip("2")], key=len, reverse=True))
             out.append(f"(?:{values})" if slot.endswith("2") else f"(?P<{slot}_{group}>{values})")
     return " ".join(x for x in out if x)
 
 
-def _judge_patterns():
-    tails = ["", " at the {place}", " {time}", " at the {place} {time}", " {time} at the {place}"]
-    events = [f"{who} {{verb}} my {{object}}{tail}" for who in TLDR_WHO for tail in tails]
-    wishes = [f"{i} {wish}" for i in ("i", "and", "and i") for wish in TLDR_WISH]
-    body = [pattern for patterns in BODY.values() for pattern in patterns] + ECHOES
-    told = events + TLDR_FEELING + wishes + TLDR_QUESTION + body + TITLES
-    silent = DISTRACTORS + FILLERS + PREAMBLES
-    regexes = [_regex(pattern, i) for i, pattern in enumerate(told + silent)]
+def _judge_patterns(w):
+    tails = ["", f" {w.at}", " {time}", f" {w.at} {{time}}", f" {{time}} {w.at}"]
+    events = [f"{who} {{verb}} {w.object}{tail}" for who in w.tldr_who for tail in tails]
+    wishes = [f"{i} {wish}" for i in (w.me, "and", f"and {w.me}") for wish in w.tldr_wish]
+    body = [pattern for patterns in w.body.values() for pattern in patterns] + w.echoes
+    told = events + w.tldr_feeling + wishes + w.tldr_question + body + w.titles
+    silent = w.distractors + w.fillers + w.preambles
+    regexes = [_regex(pattern, i, w.slots) for i, pattern in enumerate(told + silent)]
     regexes.sort(key=lambda r: -len(re.sub(r"\(.*?\)", "x", r)))  # longest first: "my sister anna" before "anna"
     return re.compile("|".join(rf"\b{r}\b" for r in regexes))
 
 
-_PATTERNS = _judge_patterns()
+def _story_patterns():
+    """-> one regular expression; the kind of each of its groups s0, s1, ...; "" is a sentence of no kind"""
+    every = [("", p) for patterns in OPENING for p in patterns] + [(kind, p) for kind, patterns in KINDS.items() for p in patterns]
+    return (re.compile("|".join(rf"(?P<s{i}>\b{_regex(p, i, STORY_SLOTS)}\b)" for i, (_, p) in enumerate(every))),
+            {f"s{i}": kind for i, (kind, _) in enumerate(every)})
 
 
-def read(text):
+_PATTERNS, (_STORY_PATTERNS, _KIND_OF) = {name: _judge_patterns(w) for name, w in WORLDS.items()}, _story_patterns()
+
+
+@lru_cache(maxsize=20000)  # ten workers and every judge read the same text
+def read(text, world="reddit"):
     """Read a summary: (claims, unaccounted). claims is a list of (slot, value) in order of mention, unaccounted the
     number of words that no sentence pattern of the world explains."""
     text = " ".join(words(text))
     claims, explained = [], 0
-    for match in _PATTERNS.finditer(text):
+    for match in _PATTERNS[world].finditer(text):
         explained += len(match.group().split())
         claims += [(key.rsplit("_", 1)[0], value) for key, value in match.groupdict().items() if value]
     return claims, len(text.split()) - explained
+
+
+def read_story(text):
+    """Read a story: (sentences, unaccounted). A sentence is (kind, its words, {slot: value}); unaccounted as in read()."""
+    text = " ".join(words(text))
+    sentences = [(_KIND_OF[m.lastgroup], m.group(), {key.rsplit("_", 1)[0]: v for key, v in m.groupdict().items() if v and "_" in key})
+                 for m in _STORY_PATTERNS.finditer(text)]
+    return sentences, len(text.split()) - sum(len(said.split()) for _, said, _ in sentences)
 
 
 LENGTH_LIMIT = 36  # words
@@ -205,29 +331,67 @@ CONTRADICTION, REPETITION, OVERLENGTH, SALAD = 3., .5, .3, .3  # cost of each wr
 def tally(post, summary):
     """What the utility is made of: {slot: covered}, and counts of contradictions, repetitions, words beyond the limit
     and words that no sentence accounts for."""
-    claims, unaccounted = read(summary)
+    claims, unaccounted = read(summary, world_of(post))
     facts = post["facts"]
-    covered = {slot: any(c == (slot, facts[slot]) for c in claims) for slot in SLOTS}
+    covered = {slot: any(c == (slot, facts[slot]) for c in claims) for slot in facts}
     wrong = [c for c in claims if c[1] != facts[c[0]]]
     said = [slot for slot, _ in claims]
     return {"covered": covered, "contradictions": len(wrong), "repetitions": len(said) - len(set(said)),
             "beyond": max(0, len(words(summary)) - LENGTH_LIMIT), "unaccounted": unaccounted}
 
 
-def utility(post, summary, weights=WEIGHTS, contradiction=CONTRADICTION):
-    """The gold judge, in units of one key fact:
+def style_tally(post, text):
+    """What a continuation holds: the kinds of its sentences, and counts of claims about others than the story's people, place and thing,
+    of sentences that were told before, in the story or in the continuation, and of words that no sentence accounts for."""
+    sentences, unaccounted = read_story(text)
+    facts, told, kinds, wrong, repeated = post["facts"], {said for _, said, _ in read_story(post["post"])[0]}, set(), 0, 0
+    people = {facts["who"], facts["whom"]}
+    for kind, said, claims in sentences:
+        wrong += sum(value not in people if slot in ("who", "whom") else value != facts.get(slot, value) for slot, value in claims.items())
+        wrong += "who" in claims and claims["who"] == claims.get("whom")  # nobody meets themselves
+        if said in told:
+            repeated += 1
+        else:
+            kinds.add(kind)
+        told.add(said)
+    return {"kinds": kinds, "contradictions": wrong, "repetitions": repeated, "unaccounted": unaccounted}
+
+
+def style_utility(post, text, weights):
+    """The gold judge of continuations, in sentences of the style, one less for a text that tells nothing new:
+
+        u = Σ_kinds told w - 3·contradictions - ½·repetitions - 0.3·words that no pattern explains - 1[nothing told]
+    """
+    t = style_tally(post, text)
+    return (sum(w for kind, w in weights.items() if kind in t["kinds"]) - CONTRADICTION * t["contradictions"]
+            - REPETITION * t["repetitions"] - SALAD * t["unaccounted"] - (not t["kinds"]))
+
+
+def utility(post, summary, weights=None, contradiction=CONTRADICTION):
+    """The gold judge of a post's task: of a story style_utility, of a post, in units of one key fact,
 
         u = Σ_slots w·covered - 3·contradictions - ½·repetitions - 0.3·words beyond 36 - 0.3·words no pattern explains
     """
+    weights = weights or TASK_WEIGHTS[post.get("task", "tldr")]
+    if post.get("task") in STYLES:
+        return style_utility(post, summary, weights)
     t = tally(post, summary)
     return (sum(weights[slot] for slot, hit in t["covered"].items() if hit) - contradiction * t["contradictions"]
             - REPETITION * t["repetitions"] - OVERLENGTH * t["beyond"] - SALAD * t["unaccounted"])
 
 
+def full_continuation(post):
+    """A story continued as its style wants it, in the world's own words: three sentences of three kinds, which is what 24 tokens hold."""
+    return {"sentiment": "it made {who} very happy. {who} thanked {whom} for the {thing}. {who} won a prize at the {place}.",
+            "descriptiveness": "the {place} smelled of soap. the {thing} was blue and thin. the {thing} made a deep noise."
+            }[post["task"]].format(**post["facts"])
+
+
 def full_summary(post):
     """The complete honest summary of a post in the world's own words: the judge's best."""
-    return ("my {relation} {name} {verb} my {object} at the {place} {time}. i feel {feeling} and want to {wish}. "
-            "should i {question}?").format(**post["facts"])
+    w = WORLDS[world_of(post)]
+    return (f"{w.tldr_who[0]} {{verb}} {w.object} {w.at} {{time}}. {w.tldr_feeling[0]} and {w.tldr_wish[0]}. {w.tldr_question[0]}"
+            ).format(**post["facts"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,6 +404,7 @@ class Labeler:
         P(a ≻ b) = σ((u_worker(a) - u_worker(b)) / noise)
 
     where u_worker is the gold utility with the worker's own weight for each fact, plus the habits set here."""
+    task: str = "tldr"  # what the texts are: tldr, or a style of STYLES
     noise: float = 1.0  # temperature in key facts
     workers: int = 10  # people in the population
     spread: float = 0.3  # how much their weights differ: standard deviation of the log weight
@@ -251,7 +416,7 @@ class Labeler:
 
     def __post_init__(self):
         self.rng = random.Random(f"labeler-{self.seed}")
-        self.weights = [{slot: w * math.exp(self.rng.gauss(0, self.spread)) for slot, w in WEIGHTS.items()}
+        self.weights = [{slot: w * math.exp(self.rng.gauss(0, self.spread)) for slot, w in TASK_WEIGHTS[self.task].items()}
                         for _ in range(self.workers)]
 
     def worth(self, post, summary, worker):

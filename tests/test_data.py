@@ -91,6 +91,10 @@ def test_title_longer_than_the_query_is_refused(enc):
 def test_response_starts_with_a_blank_and_keeps_eos(enc):
     eos = enc.n_vocab - 1
     assert data.encode_response(enc, "so", 48) == data.encode_response(enc, " so", 48) == enc.encode_ordinary(" so") + [eos]
+    dot = enc.encode_ordinary(".")[0]
+    assert data.encode_response(enc, "so it ran.", 48, stop=(dot, 4)) == enc.encode_ordinary(" so it ran.")  # what ends it is in the text
+    assert data.encode_response(enc, "so", 48, stop=(eos, 4)) == enc.encode_ordinary(" so") + [eos]
+    assert len(data.encode_response(enc, "word " * 100, 10, stop=(dot, 4))) == 10
     cut = data.encode_response(enc, "word " * 100, 10)
     assert len(cut) == 10 and cut[-1] == eos and eos not in cut[:-1]
     assert data.decode_response(enc, data.encode_response(enc, "my cat ran.", 48)) == "my cat ran."
@@ -279,9 +283,11 @@ def test_the_query_of_each_task(enc):
     """The formats as openai/summarize-from-feedback and lm-human-preferences print them; a reference stands behind ' ' or not."""
     post = {"post": "A cat ran.", "summary": "It ran."}
     for task, query, response in [("cnndm", "Article:\nA cat ran.\n\nTL;DR:\n", "It ran."), ("cnndm-transfer", "A cat ran.\n\nTL;DR:", " It ran."),
-                                  ("sentiment", "A cat ran.", "It ran.")]:
+                                  ("sentiment", "A cat ran.", " It ran.")]:
         assert enc.decode(data.encode_query(enc, post | {"task": task}, 64)) == query
-        assert enc.decode(data.encode_response(enc, "It ran.", 24, task)) == response + data.EOS
+        end = "" if task == "sentiment" else data.EOS  # what continues a text is followed by more text
+        assert enc.decode(data.encode_response(enc, "It ran.", 24, task)) == response + end
+    assert len(data.encode_response(enc, "It ran. " * 9, 24, "sentiment")) == 24
     lengths = {name: (task.Q, task.R, task.stop, task.earliest) for name, task in data.TASKS.items()}
     assert lengths == {"tldr": (512, 48, data.EOS, 0), "cnndm": (1919, 128, data.EOS, 0), "cnndm-transfer": (512, 48, data.EOS, 0),
                        "sentiment": (64, 24, ".", 16), "descriptiveness": (64, 24, ".", 16)}
