@@ -224,6 +224,21 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("probes", "[(b, a)] * int(2 - 2 * won)", "[(a, b)] * int(2 - 2 * won)", "ladder_recovers_planted_strengths identical_policies_share_a_rung"),
     ("probes", "[value == p[\"facts\"][slot] for slot, value in c]", "[value != p[\"facts\"][slot] for slot, value in c]",
      "copying_table_on_planted_writers"),
+    # real data: what is held out, labels, weights and vocabulary, measures
+    ("real", "return [post for post in posts if not names & names_of(post)]", "return posts", "no_post_that_is_tested_on_is_trained_on"),
+    ("real", "{text} if made_up else {text, post[\"id\"]}", "{post[\"id\"]}", "no_post_that_is_tested_on_is_trained_on"),
+    ("real", "names = set().union(*map(names_of, tested))", "names = set()", "comparisons_are_split_by_post_and_tested_posts_are_held_out"),
+    ("real", "((best, other), (other, best))[choice]", "((best, other), (other, best))[1 - choice]", "four_way_labels_become_one_choice_of_the_best"),
+    ("real", "if Q + R > c.n_positions", "if Q > c.n_positions", "weights_and_vocabulary_must_agree"),
+    ("real", " or c.eos != enc.n_vocab - 1", "", "weights_and_vocabulary_must_agree"),
+    ("corpus", "index // 4 % 20 == 1", "index // 4 % 20 == 2", "real::stored_rows_of_a_run"),
+    ("corpus", "all_ids[len(ids):len(ids)", "all_ids[len(ids) + 1:len(ids)", "real::excerpts_have_what_follows_as_reference"),
+    ("corpus", "after.index(stop, TASKS[task].earliest) + 1", "after.index(stop, TASKS[task].earliest)", "real::excerpts_have_what_follows_as_reference"),
+    ("sft", "(row[:1], row[1:])", "(row[:2], row[2:])", "real::stored_rows_of_a_run"),
+    ("evaluation", "nats = tokens * ", "nats = len(rows) * ", "real::bits_per_byte_token_by_token"),
+    ("evaluation", "nats / math.log(2) / len(raw)", "nats / len(raw)", "real::bits_per_byte_token_by_token"),
+    ("estimate", "block += rows * c.n_head * T * T * half", "block += 0", "real::what_is_kept_is_what_autograd_keeps"),
+    ("estimate", "memory > free:", "memory < free:", "real::what_cannot_fit_is_refused_with_advice"),
 ]
 
 
