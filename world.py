@@ -22,6 +22,8 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the vocabulary of the world: for each slot the values that a fact can take
@@ -75,14 +77,62 @@ FILLERS = ["long story short,", "to be honest i do not know where to start.", "t
            "i know how this sounds."]
 
 
-def _pick(rng, slot, other_than=None):
-    return rng.choice([v for v in SLOTS[slot] if v != other_than])
+# everything in which two worlds differ; object, at and me are what TL;DRs are built from
+REDDIT = SimpleNamespace(
+    slots=SLOTS, subreddits=SUBREDDITS, others=OTHER_SUBREDDITS, preambles=PREAMBLES, titles=TITLES, body=BODY, echoes=ECHOES,
+    distractors=DISTRACTORS,
+    tldr_who=TLDR_WHO, tldr_feeling=TLDR_FEELING, tldr_wish=TLDR_WISH, tldr_question=TLDR_QUESTION, fillers=FILLERS,
+    object="my {object}", at="at the {place}", me="i")
+# the second world: other people, other facts, other sentences. It stands to the first as CNN/DM does to TL;DR
+NEWS = SimpleNamespace(
+    slots={
+        "relation": "minister mayor coach actor singer pilot farmer judge doctor banker driver artist".split(),
+        "name": "smith jones garcia miller brown davis lopez wilson moore taylor clark lewis".split(),
+        "verb": "bought opened closed crashed attacked rescued painted designed".split(),
+        "object": "bridge stadium factory ship school museum tower train statue boat theater farm".split(),
+        "place": "berlin paris london tokyo madrid cairo oslo lima boston dublin vienna rome".split(),
+        "time": ["in january", "in april", "in june", "in august", "in october", "in december", "on tuesday", "on thursday",
+                 "last year", "at dawn"],
+        "feeling": "proud shocked grateful optimistic nervous relieved furious disappointed surprised tired".split(),
+        "wish": ["win the election", "pay the fine", "leave politics", "raise wages", "build a second one", "appeal the verdict",
+                 "retire early", "hire more staff", "found a party", "publish a book"],
+        "question": ["cut the budget", "reopen the case", "back the plan", "end the strike", "change the law", "lower the taxes",
+                     "delay the vote", "join the union", "ban the sale", "fund the repair"]},
+    subreddits="world politics business".split(), others="local archive".split(),
+    preambles=["breaking news.", "this story has been updated.", "our correspondent reports."],
+    titles=["{relation} {name} {verb} {object}", "report on {relation} {name}", "{name} is {feeling}", "will parliament {question}?",
+            "incident near {place}", "plans to {wish}"],
+    body={"event": ["the {relation} {name} {verb} a {object}.", "according to police the {relation} {name} {verb} a {object}.",
+                    "witnesses say that the {relation} {name} {verb} a {object}."],
+          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "reporters reached {place} {time}."],
+          "heart": ["the {relation} said to be {feeling} and plans to {wish}.", "friends call {name} {feeling} with plans to {wish}.",
+                    "{name} sounded {feeling} and hopes to {wish}."],
+          "question": ["will parliament {question}?", "analysts ask whether to {question}.", "voters wonder: will parliament {question}?"]},
+    echoes=["{name} declined to comment.", "the {object} drew large crowds.", "streets in {place} were calm."],
+    distractors=["a {relation2} named {name2} was seen in {place2}.", "the {relation2} seemed {feeling2}.", "a {relation2} hopes to {wish2}.",
+                 "another {relation2} promised to {question2}.", "the {relation2} gave no interview.", "a {relation2} arrived {time2}."],
+    tldr_who=["the {relation} {name}", "{name}", "the {relation}"],
+    tldr_feeling=["they are {feeling}", "they feel {feeling}", "they sounded {feeling}"],
+    tldr_wish=["plan to {wish}", "hope to {wish}", "want to {wish}"],
+    tldr_question=["will parliament {question}?", "it is open whether to {question}.", "is it time to {question}?"],
+    fillers=["more to follow,", "sources confirm this.", "read the full report below.", "in other news,", "experts are divided."],
+    object="a {object}", at="in {place}", me="they")
+WORLDS = {"reddit": REDDIT, "news": NEWS}
 
 
-def _sentence(rng, patterns, facts):
+def world_of(post):
+    """The name of the world that a post is about."""
+    return "news" if post.get("subreddit") in NEWS.subreddits + NEWS.others else "reddit"
+
+
+def _pick(rng, values, other_than=None):
+    return rng.choice([v for v in values if v != other_than])
+
+
+def _sentence(rng, patterns, facts, w):
     """Fill one of `patterns`: {slot} from the facts, {slot2} with any value that is not the fact's."""
     pattern = rng.choice(patterns)
-    others = {slot + "2": _pick(rng, slot, facts[slot]) for slot in SLOTS if "{" + slot + "2}" in pattern}
+    others = {slot + "2": _pick(rng, w.slots[slot], facts[slot]) for slot in w.slots if "{" + slot + "2}" in pattern}
     return pattern.format(**facts, **others)
 
 
@@ -120,23 +170,23 @@ TASK_WEIGHTS = {"tldr": WEIGHTS, **STYLES}
 HABIT = {"relation": .2, "name": -.2, "place": -.2, "time": -.2, "feeling": -.2, "wish": .2, "question": .2}  # what people tell first
 
 
-def write_tldr(rng, facts, care, slips, chatter):
+def write_tldr(rng, facts, care, slips, chatter, w=REDDIT):
     """An author's TL;DR. A fact is kept with probability care + HABIT, a kept one is wrong with probability `slips`,
     and up to three phrases that say nothing come with probability `chatter` each."""
-    said = {slot: (_pick(rng, slot, value) if rng.random() < slips else value) for slot, value in facts.items()}
-    keep = {slot: rng.random() < care + HABIT.get(slot, 0) for slot in SLOTS}
-    who = TLDR_WHO[0] if keep["name"] and keep["relation"] else TLDR_WHO[1] if keep["name"] else TLDR_WHO[2]
-    event = f"{who} {{verb}} my {{object}}"
+    said = {slot: (_pick(rng, w.slots[slot], value) if rng.random() < slips else value) for slot, value in facts.items()}
+    keep = {slot: rng.random() < care + HABIT.get(slot, 0) for slot in w.slots}
+    who = w.tldr_who[0] if keep["name"] and keep["relation"] else w.tldr_who[1] if keep["name"] else w.tldr_who[2]
+    event = f"{who} {{verb}} {w.object}"
     if keep["place"]:
-        event += " at the {place}"
+        event += " " + w.at
     if keep["time"]:
         event += " {time}"
-    rest = [rng.choice(TLDR_FEELING)] * keep["feeling"]
-    rest += [("" if keep["feeling"] else "i ") + rng.choice(TLDR_WISH)] * keep["wish"]
+    rest = [rng.choice(w.tldr_feeling)] * keep["feeling"]
+    rest += [("" if keep["feeling"] else w.me + " ") + rng.choice(w.tldr_wish)] * keep["wish"]
     parts = [event + ".", " and ".join(rest) + "."] if rest else [event + "."]
     if keep["question"]:
-        parts.append(rng.choice(TLDR_QUESTION))
-    fillers = rng.sample(FILLERS, 3)
+        parts.append(rng.choice(w.tldr_question))
+    fillers = rng.sample(w.fillers, 3)
     if rng.random() < chatter:
         parts.insert(0, fillers[0])
     if rng.random() < chatter:
@@ -146,27 +196,27 @@ def write_tldr(rng, facts, care, slips, chatter):
     return " ".join(parts).format(**said)
 
 
-def make_post(rng, id, listed=True):
+def make_post(rng, id, listed=True, w=REDDIT):
     """One post: {id, subreddit, title, post, summary, facts}. `summary` is the author's TL;DR of uneven quality.
 
     listed: whether it stands in one of the task's subreddits. The papers fine-tune and evaluate on a whitelist of
     subreddits (Stiennon appendix A); a language model has read the others too, and can do what it saw only there."""
-    facts = {slot: _pick(rng, slot) for slot in SLOTS}
-    story = [_sentence(rng, BODY[part], facts) for part in BODY]
-    story.insert(rng.randint(1, len(story)), _sentence(rng, ECHOES, facts))
+    facts = {slot: _pick(rng, values) for slot, values in w.slots.items()}
+    story = [_sentence(rng, patterns, facts, w) for patterns in w.body.values()]
+    story.insert(rng.randint(1, len(story)), _sentence(rng, w.echoes, facts, w))
     for _ in range(rng.choice([1, 1, 2])):  # other people, anywhere
-        story.insert(rng.randint(0, len(story)), _sentence(rng, DISTRACTORS, facts))
+        story.insert(rng.randint(0, len(story)), _sentence(rng, w.distractors, facts, w))
     if rng.random() < .6:
-        story.insert(0, rng.choice(PREAMBLES))
+        story.insert(0, rng.choice(w.preambles))
     middle = len(story) // 2
     body = " ".join(story[:middle]) + "\n" + " ".join(story[middle:])
     if listed:  # authors differ: one degree of care for the whole TL;DR
         care, slips, chatter = rng.choice([.3, .5, .7]), .003, .5
     else:
         care, slips, chatter = .95, .0, .15
-    return {"id": id, "subreddit": rng.choice(SUBREDDITS if listed else OTHER_SUBREDDITS),
-            "title": _sentence(rng, TITLES, facts), "post": body,
-            "summary": write_tldr(rng, facts, care, slips, chatter), "facts": facts}
+    return {"id": id, "subreddit": rng.choice(w.subreddits if listed else w.others),
+            "title": _sentence(rng, w.titles, facts, w), "post": body,
+            "summary": write_tldr(rng, facts, care, slips, chatter, w), "facts": facts}
 
 
 def is_filtered(tldr_tokens, lo=24, hi=48):
@@ -178,7 +228,7 @@ def make_story(rng, id, task):
     """One story: {id, task, subreddit, title, post, summary, facts}, where `post` is its beginning, six or seven sentences, and `summary`
     the four that follow. Its mood and its eye for physical things stay the same all along."""
     who, whom = rng.sample(SLOTS["name"], 2)
-    facts = {"who": who, "whom": whom, "place": _pick(rng, "place"), "thing": _pick(rng, "object")}
+    facts = {"who": who, "whom": whom, "place": _pick(rng, SLOTS["place"]), "thing": _pick(rng, SLOTS["object"])}
     happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
     kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
         (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}
@@ -196,17 +246,17 @@ def make_story(rng, id, task):
             "facts": facts}
 
 
-def in_task(post):
+def in_task(post, world="reddit"):
     """Whether a post stands in one of the task's subreddits; every story and every real post does."""
-    return "facts" not in post or "task" in post or post["subreddit"] in SUBREDDITS
+    return "facts" not in post or "task" in post or post["subreddit"] in WORLDS[world].subreddits
 
 
-def make_posts(n, seed, split, listed=1.0, task="tldr"):
+def make_posts(n, seed, split, listed=1.0, w=REDDIT, task="tldr"):
     """n posts or stories, the same ones for the same (seed, split); a share `listed` of the posts in the task's subreddits."""
     rng = random.Random(f"{seed}-{split}")
     if task in STYLES:
         return [make_story(rng, f"{split}-{i}", task) for i in range(n)]
-    return [make_post(rng, f"{split}-{i}", rng.random() < listed) for i in range(n)]
+    return [make_post(rng, f"{split}-{i}", rng.random() < listed, w) for i in range(n)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +267,7 @@ def words(text):
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
-def _regex(pattern, group, slots=SLOTS):
+def _regex(pattern, group, slots):
     """A pattern such as 'i feel {feeling}' as a regular expression; {slot} captures, {slot2} only matches."""
     parts, out = re.split(r"(\{\w+\})", pattern), []
     for i, part in enumerate(parts):
@@ -232,14 +282,14 @@ def _regex(pattern, group, slots=SLOTS):
     return " ".join(x for x in out if x)
 
 
-def _judge_patterns():
-    tails = ["", " at the {place}", " {time}", " at the {place} {time}", " {time} at the {place}"]
-    events = [f"{who} {{verb}} my {{object}}{tail}" for who in TLDR_WHO for tail in tails]
-    wishes = [f"{i} {wish}" for i in ("i", "and", "and i") for wish in TLDR_WISH]
-    body = [pattern for patterns in BODY.values() for pattern in patterns] + ECHOES
-    told = events + TLDR_FEELING + wishes + TLDR_QUESTION + body + TITLES
-    silent = DISTRACTORS + FILLERS + PREAMBLES
-    regexes = [_regex(pattern, i) for i, pattern in enumerate(told + silent)]
+def _judge_patterns(w):
+    tails = ["", f" {w.at}", " {time}", f" {w.at} {{time}}", f" {{time}} {w.at}"]
+    events = [f"{who} {{verb}} {w.object}{tail}" for who in w.tldr_who for tail in tails]
+    wishes = [f"{i} {wish}" for i in (w.me, "and", f"and {w.me}") for wish in w.tldr_wish]
+    body = [pattern for patterns in w.body.values() for pattern in patterns] + w.echoes
+    told = events + w.tldr_feeling + wishes + w.tldr_question + body + w.titles
+    silent = w.distractors + w.fillers + w.preambles
+    regexes = [_regex(pattern, i, w.slots) for i, pattern in enumerate(told + silent)]
     regexes.sort(key=lambda r: -len(re.sub(r"\(.*?\)", "x", r)))  # longest first: "my sister anna" before "anna"
     return re.compile("|".join(rf"\b{r}\b" for r in regexes))
 
@@ -251,15 +301,16 @@ def _story_patterns():
             {f"s{i}": kind for i, (kind, _) in enumerate(every)})
 
 
-_PATTERNS, (_STORY_PATTERNS, _KIND_OF) = _judge_patterns(), _story_patterns()
+_PATTERNS, (_STORY_PATTERNS, _KIND_OF) = {name: _judge_patterns(w) for name, w in WORLDS.items()}, _story_patterns()
 
 
-def read(text):
+@lru_cache(maxsize=20000)  # ten workers and every judge read the same text
+def read(text, world="reddit"):
     """Read a summary: (claims, unaccounted). claims is a list of (slot, value) in order of mention, unaccounted the
     number of words that no sentence pattern of the world explains."""
     text = " ".join(words(text))
     claims, explained = [], 0
-    for match in _PATTERNS.finditer(text):
+    for match in _PATTERNS[world].finditer(text):
         explained += len(match.group().split())
         claims += [(key.rsplit("_", 1)[0], value) for key, value in match.groupdict().items() if value]
     return claims, len(text.split()) - explained
@@ -280,9 +331,9 @@ CONTRADICTION, REPETITION, OVERLENGTH, SALAD = 3., .5, .3, .3  # cost of each wr
 def tally(post, summary):
     """What the utility is made of: {slot: covered}, and counts of contradictions, repetitions, words beyond the limit
     and words that no sentence accounts for."""
-    claims, unaccounted = read(summary)
+    claims, unaccounted = read(summary, world_of(post))
     facts = post["facts"]
-    covered = {slot: any(c == (slot, facts[slot]) for c in claims) for slot in SLOTS}
+    covered = {slot: any(c == (slot, facts[slot]) for c in claims) for slot in facts}
     wrong = [c for c in claims if c[1] != facts[c[0]]]
     said = [slot for slot, _ in claims]
     return {"covered": covered, "contradictions": len(wrong), "repetitions": len(said) - len(set(said)),
@@ -338,8 +389,9 @@ def full_continuation(post):
 
 def full_summary(post):
     """The complete honest summary of a post in the world's own words: the judge's best."""
-    return ("my {relation} {name} {verb} my {object} at the {place} {time}. i feel {feeling} and want to {wish}. "
-            "should i {question}?").format(**post["facts"])
+    w = WORLDS[world_of(post)]
+    return (f"{w.tldr_who[0]} {{verb}} {w.object} {w.at} {{time}}. {w.tldr_feeling[0]} and {w.tldr_wish[0]}. {w.tldr_question[0]}"
+            ).format(**post["facts"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

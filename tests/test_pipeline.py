@@ -13,8 +13,8 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import run
-from data import DataError, encode_query
-from reward import sample_responses, score_groups, split_comparisons
+from data import DataError, decode_response, encode_query
+from reward import CollectSettings, sample_responses, score_groups, split_comparisons
 from sft import load_model, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -164,7 +164,7 @@ def test_another_configuration_is_refused_by_name(finished):
     (["--nonsense", "1"], ["--nonsense"]), (["--ppo.beta", "-1"], ["beta"]), (["--ppo.lr", "nan"], ["lr"]), (["--sft.batch", "0"], ["batch"]),
     (["--model.n_embd", "33"], ["n_embd"]), (["--model.vocab_size", "10"], ["vocab_size"]), (["--preset", "huge"], ["huge"]),
     (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
-    (["--posts", "x.jsonl"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["x.jsonl does not exist"]),
+    (["--posts", "README.md"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["y.jsonl does not exist"]),
     (["--out", "/dev/null/run"], ["/dev/null"]), (["--reward.loss", "kwise"], ["collect.labels rank"]),
     (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
 def test_bad_settings_are_one_sentence(tmp_path, args, says):
@@ -318,7 +318,7 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
         model.save_pretrained(tmp_path / "sft" / f"epoch-{epoch}")
     tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=90).save_pretrained(tmp_path / "reward")
     posts = [{"subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate."} for i in range(9)]
-    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", stop=None,
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", stop=None, round=1,
                         settings=run.preset("test"))
     r.settings.sft.epochs = 3
     run.choose_sft(r)
@@ -346,9 +346,31 @@ def test_the_task_says_what_is_written_and_for_which_labeler():
     assert [{**p, "task": "descriptiveness"} for p in made["sentiment"]] == made["descriptiveness"] and "task" not in made["tldr"][0]
 
 
+def small(name, **more):
+    """A preset at the sizes of the test preset, which lets it take data and language model from a finished run of that."""
+    s = run.preset(name)
+    for key, value in (run.PRESETS["test"] | {key.replace("__", "."): value for key, value in more.items()}).items():
+        setattr(getattr(s, key.split(".")[0]), key.split(".")[1], value)
+    return s
+
+
+@pytest.mark.parametrize("name, more", [("stiennon", {}), ("instructgpt", {"sft__epochs": 2, "ppo__warmup": 1})])
+def test_every_embedded_preset_runs_end_to_end(finished, tmp_path, name, more):
+    """A few steps of each: choices that do not go together would stop one of its stages. (The default preset's are those of the test preset.)"""
+    s = small(name, **more)
+    without_report(s, tmp_path / "out", finished[0])
+    rows = rows_of(tmp_path / "out" / "evaluation" / "samples.jsonl")
+    assert len(rows) == 12 and any(row["policies"]["ppo"]["kl"] != 0 for row in rows)
+    assert len(rows_of(tmp_path / "out" / "ppo" / "metrics.jsonl")) == 2
+    assert len(list((tmp_path / "out" / "reward").glob("round-*"))) == s.collect.rounds - 1
+
+
 def test_every_preset_builds_and_validates():
-    for name in run.PRESETS:
-        assert run.preset(name).ppo.beta > 0
+    for name, values in run.PRESETS.items():
+        s = run.preset(name)
+        assert all(getattr(getattr(s, key.split(".")[0]), key.split(".")[1]) == value for key, value in values.items())
+    episodes = {name: run.preset(name).ppo.iterations * run.preset(name).ppo.batch for name in run.PRESETS if "-" in name}
+    assert [episodes[name] for name in ("ziegler-774m", "stiennon-1.3b", "instructgpt-1.3b")] == [1999872, 999936, 256000]  # as published
     with pytest.raises(DataError, match="iterations"):
         s = run.preset("tiny").ppo
         s.iterations = 0
@@ -396,7 +418,7 @@ def test_an_interrupted_stage_has_cost_its_time(tmp_path, monkeypatch):
 
     def interrupted(_):
         raise KeyboardInterrupt
-    of = SimpleNamespace(folder=str(tmp_path), enc=None)
+    of = SimpleNamespace(folder=str(tmp_path), enc=None, settings=run.preset("test"))
     monkeypatch.setattr(run, "STAGES", [("sft", "sft/model.safetensors", interrupted)])
     interrupted.__doc__ = "A stage."
     with pytest.raises(KeyboardInterrupt):
@@ -427,9 +449,27 @@ def test_a_base_gives_the_stages_whose_settings_are_the_same(finished, tmp_path)
         assert (files[0] == files[1]) == (name != "ppo"), name
     refused(script("run.py", "--preset", "test", "--base", tmp_path / "no", "--out", tmp_path / "c"), "is not the folder of a run")
     assert not (tmp_path / "c").exists()
+    # only the policy differs: its row is new and belongs to it, the others are the base's
+    base, new = ([json.loads(line) for line in (folder / "evaluation" / "samples.jsonl").open()] for folder in (out, tmp_path / "b"))
+    from sft import open_run
+    r, policy = open_run(str(out)), load_model(str(tmp_path / "b" / "ppo"), "cpu")
+    own = sample_responses(policy, [encode_query(r.enc, row["post"], r.Q) for row in new], r.R, 0, None)
+    for a, b, ids in zip(base, new, own):
+        mine, theirs = b["policies"].pop("ppo"), a["policies"].pop("ppo")
+        assert a == b and mine["text"] == decode_response(r.enc, ids) and mine["kl"] != theirs["kl"]
 
 
-def test_which_stages_a_base_shares(finished):
+def test_an_interrupted_copy_from_a_base_goes_on(finished, tmp_path):
+    """Catches a half-copied folder that stops every later command, and one that counts as whole."""
+    out, config = str(finished[0]), json.loads((finished[0] / "config.json").read_text())
+    (tmp_path / "sft.part").mkdir()
+    (tmp_path / "sft.part" / "model.safetensors").write_bytes(b"half")
+    run.share_stages(out, str(tmp_path), config)
+    assert (tmp_path / "sft" / "model.safetensors").read_bytes() == (finished[0] / "sft" / "model.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.rglob("state.pt")) and list(finished[0].rglob("state.pt"))
+
+
+def test_which_stages_a_base_shares(finished, monkeypatch):
     out, _ = finished
     old = json.loads((out / "config.json").read_text())
 
@@ -444,12 +484,182 @@ def test_which_stages_a_base_shares(finished):
     names = [name for name, _, _ in run.STAGES]
     assert shared() == names
     assert shared(seed=9) == ["data", "pretrain", "sft"]  # one base for many seeds of comparisons, reward model and PPO
-    assert shared(model__n_layer=3) == shared(data__test=13) == shared(collect__posts=17) == []
+    assert shared(model__n_layer=3) == shared(data__test=13) == shared(collect__posts=17) == shared(collect__held_out_posts=9) == []
+    assert shared(collect__posts=15) == shared(collect__held_out_posts=7) == names[:3]  # the first of the base's posts will do
+    assert shared(data__world="news") == shared(data__news=.5) == []
+    before = json.loads(json.dumps(old))
+    del before["settings"]["data"]["news"]  # a base from before there was this setting did what its default does
+    assert run.same_stages(out, before, old) == names
     assert shared(pretrain__lr=1.0) == names[:1] and shared(sft__lr=1.0) == names[:2] and shared(collect__noise=2.0) == names[:3]
     assert shared(reward__lr=1.0) == names[:4] and shared(ppo__beta=1.0) == names[:5] and shared(evaluation__best_of=3) == names[:6]
     assert run.same_stages(out, {**old, "posts": "other.jsonl"}, old) == []
+    assert shared(ppo__stop_token=".") == shared(ppo__truncate_after=3) == names[:3] and shared(ppo__temperature=1.0) == names[:5]
+    scaled = json.loads(json.dumps(old))
+    scaled["settings"]["reward"]["normalise"] = "gain_bias"  # on samples, which depend on the temperature
+    other = json.loads(json.dumps(scaled))
+    other["settings"]["ppo"]["temperature"] = 1.0
+    assert run.same_stages(out, scaled, scaled) == names and run.same_stages(out, scaled, other) == names[:4]
     chosen = json.loads(json.dumps(old))
     chosen["settings"]["sft"]["choose"] = "reward"  # then the SFT model depends on the reward model
     other = json.loads(json.dumps(chosen))
     other["settings"]["reward"]["lr"] = 1.0
+    # all other policies' samples are the base's while nothing before PPO differs, nor how everything is sampled
+    alike = lambda **changes: run.same_but_policy(str(out), {**old, "seed": changes.pop("seed", old["seed"]), "settings": {
+        part: s | {k.split("__")[1]: v for k, v in changes.items() if k.split("__")[0] == part} for part, s in old["settings"].items()}})
+    assert alike() and alike(ppo__beta=1.0) and alike(ppo__lr=1.0, ppo__value="shared")
+    assert not any((alike(reward__lr=1.0), alike(evaluation__best_of=3), alike(ppo__temperature=1.0), alike(ppo__stop_token="."),
+                    alike(ppo__truncate_after=3), alike(seed=9)))
+    monkeypatch.setattr(run, "open_run", lambda _: SimpleNamespace(config=chosen))
+    assert alike(sft__choose="reward") and not alike(sft__choose="reward", ppo__beta=1.0)  # PPO's settings had a say in the SFT model
     assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.open()]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_report(settings, out, base):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.evaluation, "write_report", lambda *args: None)
+        run.run_pipeline(settings, 1, str(out), "test", str(base), device="cpu")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["batched", "online"])
+def two_rounds(finished, tmp_path_factory, request):
+    """A run whose labels come in two rounds, data and SFT model taken over; and whether PPO goes on between them."""
+    out = tmp_path_factory.mktemp("rounds") / "two"
+    s = small("tiny", collect__rounds=2, collect__online=request.param)
+    without_report(s, out, finished[0])
+    return out, s, request.param
+
+
+def test_labels_of_later_rounds_are_on_the_latest_policy(two_rounds, finished):
+    """Catches posts labelled twice or never, more labels than offline, labels lost or on the first policies again."""
+    out, s, _ = two_rounds
+    rows, offline, earlier = (rows_of(folder / "comparisons.jsonl") for folder in (out, finished[0], out / "reward" / "round-1"))
+    later = rows[len(earlier):]
+    assert rows[:len(earlier)] == earlier and [{r["batch"] for r in part} for part in (earlier, later)] == [{"round-1"}, {"round-2"}]
+    for split in ("train", "valid"):
+        first, second, every = ({r["info"]["id"] for r in part if r["split"] == split} for part in (earlier, later, offline))
+        assert not first & second and first | second == every and len(first) == len(second)
+    names = [{s["policy"] for r in part for s in r["summaries"]} for part in (earlier, later)]
+    assert names == [{"ref", "sft-0.3", "sft-0.5", "pretrained-0.5"}, {"ref", "ppo-1-0.7", "sft-0.5"}]
+    r = SimpleNamespace(folder=str(out), settings=s, round=2, device="cpu")
+    mixture = {name: policy for name, policy, _, _ in run.mixture(r)}
+    assert same(load_model(str(out / "ppo" / "round-1"), "cpu").state_dict(), mixture["ppo-1-0.7"].state_dict())
+    assert sum(n for *_, n in run.mixture(r)) == s.collect.k
+
+
+def test_every_round_trains_its_reward_model_on_all_labels_from_sft(two_rounds, tmp_path):
+    """Catches a reward model that goes on from the last round's, or sees the new labels alone: the same training once more."""
+    import reward
+    out, s, _ = two_rounds
+    for folder, labels in (("reward/round-1", "reward/round-1/comparisons.jsonl"), ("reward", "comparisons.jsonl")):
+        r = open_run(str(out))
+        r.seed = 1
+        torch.manual_seed(1)
+        model = load_model(str(out / "sft"), "cpu", "scalar")
+        train, _, _ = split_comparisons(r.enc, out / labels, r.Q, r.R)
+        reward.train_reward(model, train, reward.normalising_rows(r, s.reward, "cpu"), s.reward, str(tmp_path / folder), 1)
+        assert same(weights(tmp_path / folder), weights(out / folder))
+    assert not same(weights(out / "reward"), weights(out / "reward" / "round-1"))
+
+
+def test_a_later_round_begins_with_sft_or_goes_on(two_rounds):
+    """Batched: a new policy from SFT. Online: one PPO with one plan, another reward model behind the pause."""
+    out, _, online = two_rounds
+    first, last = rows_of(out / "ppo" / "round-1" / "metrics.jsonl"), rows_of(out / "ppo" / "metrics.jsonl")
+    assert [r["step"] for r in last] == [0, 1] and [r["step"] for r in first] == ([0] if online else [0, 1])
+    assert (first[0] == last[0]) == online and last[0]["kl"] < 1e-3
+    assert not same(weights(out / "ppo"), weights(out / "ppo" / "round-1"))
+
+
+def test_rounds_resume_bit_for_bit(two_rounds, tmp_path):
+    """Catches a round that depends on what is not on disk: all but its beginning is lost and made again."""
+    out, s, _ = two_rounds
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    made = ("comparisons.jsonl", "reward/model.safetensors", "ppo/model.safetensors", "ppo/round-1/model.safetensors", "evaluation/samples.jsonl")
+    for name in (*made, "reward/held_out.jsonl", "reward/state.pt", "ppo/state.pt"):
+        os.remove(again / name)
+    without_report(s, again, json.loads((again / "config.json").read_text())["base"])
+    for file in made:
+        assert (again / file).read_bytes() == (out / file).read_bytes(), file
+
+
+def test_label_schedules_by_hand():
+    """Batched: an equal share in each round. Online: Ziegler's, most labels early; all of them when the last reward model is trained."""
+    def shares(**settings):
+        s = CollectSettings(**settings)
+        return [run.label_share(k, s) for k in range(s.rounds + 1)]
+    assert shares() == [0, 1] and shares(rounds=4) == [0, .25, .5, .75, 1]
+    assert shares(rounds=3, online=True) == pytest.approx([0, 1 / 3, 1 / 3 + 2 / 3 * .75, 1])
+    assert shares(rounds=2, online=True) == pytest.approx([0, .5, 1])
+
+
+def test_a_base_with_rounds_is_shared_whole_or_not(two_rounds):
+    """Labels of later rounds depend on what PPO was: another β, and they are others."""
+    out, _, _ = two_rounds
+    old = json.loads((out / "config.json").read_text())
+    new = json.loads(json.dumps(old))
+    assert run.same_stages(out, old, new) == [name for name, _, _ in run.STAGES]
+    new["settings"]["ppo"]["beta"] = 1.0
+    assert run.same_stages(out, old, new) == ["data", "pretrain", "sft"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--rounds", "0"], "rounds"), (["--rounds", "9"], "rounds"), (["--rounds", "3", "--collect.online", "true"], "iterations")])
+def test_rounds_out_of_range_are_refused(tmp_path, monkeypatch, args, says):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--preset", "test", "--out", str(tmp_path / "o"), *args])
+    with pytest.raises(DataError, match=says):
+        run.main()
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("module, args", [("sft", ["--choose", "reward"]), ("reward", ["--loss", "kwise"]), ("ppo", ["--stop_token", "no such token"]),
+                                          ("ppo", ["--truncate_after", "48"])])
+def test_a_stage_alone_is_refused_before_it_writes(finished, tmp_path, monkeypatch, module, args):
+    """Catches a folder that, after a refusal, refuses the corrected command too."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", str(finished[0]), "--out", str(tmp_path / "o"), *args])
+    with pytest.raises(DataError):
+        __import__(module).main()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp_path):
+    """Catches until that goes too far or writes a report, and comparisons about posts that were not asked for."""
+    out, _ = finished
+    settings = run.preset("test")
+    settings.collect.posts, settings.collect.held_out_posts = 5, 3
+    run.run_pipeline(settings, 1, str(tmp_path / "few"), "test", str(out), device="cpu", until="reward")
+    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == ["comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward",
+                                                                    "seconds.json", "sft", "tokenizer.json"]
+    assert not list((tmp_path / "few" / "sft").glob("state.pt"))  # nothing goes on from there
+    ids = {c["info"]["id"] for c in map(json.loads, (tmp_path / "few" / "comparisons.jsonl").read_text().splitlines())}
+    assert ids == {f"collect-{i}" for i in range(5)} | {f"held_out-{i}" for i in range(3)}
+
+
+def test_posts_of_the_second_world():
+    """Catches data.world and data.news that nothing reads, news among the prompts of PPO, or a first world that they change."""
+    settings = run.preset("test")
+    of = SimpleNamespace(settings=settings, seed=1, posts_file=None)
+    plain = run.split_posts(of)
+    settings.data.news = .25
+    mixed = run.split_posts(of)
+    about = [run.world.world_of(p) for p in mixed["pretrain"]]
+    assert about.count("news") == 16 and len(about) == 64 and all(plain[name] == mixed[name] for name in plain if name != "pretrain")
+    prompts = [p for p in mixed["pretrain"] if run.world.in_task(p, "reddit")]
+    assert prompts and {run.world.world_of(p) for p in prompts} == {"reddit"} and any(run.world.in_task(p, "news") for p in mixed["pretrain"])
+    settings.data.world, settings.data.news = "news", 0.
+    assert {run.world.world_of(p) for posts in run.split_posts(of).values() for p in posts} == {"news"}
+    settings.data.world = "mars"
+    with pytest.raises(DataError, match="data.world"):
+        settings.data.validate()
