@@ -520,8 +520,8 @@ def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp
     settings = run.preset("test")
     settings.collect.posts, settings.collect.held_out_posts = 5, 3
     run.run_pipeline(settings, 1, str(tmp_path / "few"), "test", str(out), device="cpu", until="reward")
-    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == ["comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward",
-                                                                    "seconds.json", "sft", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == [
+        "comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward", "seconds.json", "sft", "tokenizer.json"]
     assert not list((tmp_path / "few" / "sft").glob("state.pt"))  # nothing goes on from there
     ids = {c["info"]["id"] for c in map(json.loads, (tmp_path / "few" / "comparisons.jsonl").read_text().splitlines())}
     assert ids == {f"collect-{i}" for i in range(5)} | {f"held_out-{i}" for i in range(3)}
@@ -537,7 +537,8 @@ def test_posts_of_the_second_world():
     about = [run.world.world_of(p) for p in mixed["pretrain"]]
     assert about.count("news") == 16 and len(about) == 64 and all(plain[name] == mixed[name] for name in plain if name != "pretrain")
     prompts = [p for p in mixed["pretrain"] if run.world.in_task(p, "reddit")]
-    assert prompts and {run.world.world_of(p) for p in prompts} == {"reddit"} and any(run.world.in_task(p, "news") for p in mixed["pretrain"])
+    assert prompts and {run.world.world_of(p) for p in prompts} == {"reddit"}
+    assert any(run.world.in_task(p, "news") for p in mixed["pretrain"])
     settings.data.world, settings.data.news = "news", 0.
     assert {run.world.world_of(p) for posts in run.split_posts(of).values() for p in posts} == {"news"}
     settings.data.world = "mars"
