@@ -12,7 +12,9 @@ Measuring is apart from sampling (sample_policies, the only part that runs model
 Every rate comes with its number of posts and a 95 % bootstrap interval over posts.
 """
 import csv
+import gzip
 import json
+import lzma
 import math
 import os
 import re
@@ -27,7 +29,7 @@ from data import (DataError, decode_response, encode_query, encode_response, in_
                   load_posts, pad_rows, post_key, save_json_lines, write_atomic)
 from ppo import compare_policies, kl_estimates
 from reward import group_by_post, sample_responses, score_all, score_groups
-from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
+from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
 POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "best_of_n", "ppo"]
 
@@ -142,6 +144,33 @@ def rouge(summaries, references):
     scores = [scorer.score(reference, summary) for summary, reference in pairs]
     values = {name: [s[name].fmeasure for s in scores] for name in names}
     return {name: (float(np.mean(f)), bootstrap_ci(f)) for name, f in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a language model of real text against gzip and xz
+
+def held_out_bits(model, run):
+    """Bits per byte of the run's held-out posts (query and summary) and held-out text, beside what gzip and xz make of the same text.
+
+    -> {"posts": {model, gzip, xz, bytes}, "text": the same, or absent}. The first token of each row is given, and its bytes are not
+    counted; that a post ends costs the model its bits too."""
+    queries, responses = (rows[:500] for rows in stored_posts(run, "valid"))
+    text, out = run_text(run), {}
+    parts = {"posts": [q + r for q, r in zip(queries, responses)]} | ({"text": list(text[1])[:500]} if text else {})
+    for name, rows in ((name, [row for row in rows if len(row) > 1]) for name, rows in parts.items()):
+        if rows:
+            tokens = sum(len(row) - 1 for row in rows)
+            nats = tokens * evaluate_lm(model, [row[:1] for row in rows], [row[1:] for row in rows], batch=16)
+            raw = b"".join(run.enc.decode_bytes([i for i in row[1:] if i != run.enc.n_vocab - 1]) for row in rows)
+            out[name] = {"model": nats / math.log(2) / len(raw), "gzip": 8 * len(gzip.compress(raw, 9)) / len(raw),
+                         "xz": 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw), "bytes": len(raw)}
+    return out
+
+
+def bits_text(bits):
+    """held_out_bits in sentences."""
+    return [f"Held-out {name} ({b['bytes']:,} bytes): {b['model']:.3f} bits per byte; gzip -9 {b['gzip']:.3f}, xz -9e {b['xz']:.3f}."
+            for name, b in bits.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,7 +477,7 @@ def save_table(folder, name, header, rows):
     return path
 
 
-def report_text(settings, seconds, reward, policies, samples):
+def report_text(settings, seconds, reward, policies, samples, bits=None):
     """report.md"""
     header, rows = table_rows(policies)
     n = policies["reference"]["n"]
@@ -463,6 +492,8 @@ def report_text(settings, seconds, reward, policies, samples):
            "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     out += ["| " + " | ".join(row) + " |" for row in rows]
     out += ["", over_sft(policies["ppo"])] if policies["ppo"]["gold_win_rate_sft"] is not None else []
+    if bits:
+        out += ["", "## Language model", "", *bits_text(bits)]
     out += ["", "![win rates](win_rates.png)", "", "## Reward model", "",
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
@@ -524,17 +555,23 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     if os.path.exists(labelers):
         with open(labelers) as f:
             reward["labeler_agreement"] = json.load(f)
+    bits, held_out = None, os.path.join(folder, "pretrained", "held_out.json")  # written where the text is real
+    if os.path.exists(held_out):
+        with open(held_out) as f:
+            bits = json.load(f)
     seconds = dict(seconds or old.get("seconds", {}))
     seconds["total"] = sum(t for stage, t in seconds.items() if stage != "total")
     results = {"settings": {k: v for k, v in config.items() if k != "versions"}, "seconds": seconds,
                "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward,
                "policies": {name: policies.get(name) for name in POLICIES}}
+    if bits:
+        results["bits_per_byte"] = bits
     write_atomic(results_file, json.dumps(results, indent=1))
     draw_win_rates(policies, os.path.join(report, "win_rates.png"))
     draw_reward(reward, os.path.join(report, "reward.png"))
     draw_training(folder, os.path.join(report, "training.png"))
     draw_ppo(folder, os.path.join(report, "ppo.png"))
-    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples))
+    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples, bits))
     header, rows = table_rows(policies)
     save_table(folder, "policies", header, rows)
     print_table(header, rows)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from data import GPT2_FILES, fetch
+from download import GPT2_FILES, fetch
 
 try:
     import triton
@@ -817,7 +817,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, head="lm"):
         """Load a folder in Hugging Face's GPT-2 layout, in float32; tensors of other dtypes are converted, those that GPT-2
         does not need (old causal masks, a copy of the tied head) ignored. "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl",
-        where no folder has that name, are OpenAI's weights, downloaded once (data.fetch).
+        where no folder has that name, are OpenAI's weights, downloaded once (download.fetch).
 
         head="scalar" on a language model keeps the trunk and draws a new scalar head (std 1/√(d+1)): how the reward model
         starts from the SFT model. Raises FileNotFoundError where there is no model, ValueError, in one sentence, where

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import world
 from data import DataError, decode_response, encode_query, pad_rows, save_vocabulary, write_atomic
-from sft import (MetricsLog, alone, backward_rows, batches, check, encode_posts, load_model, load_state, make_optimizer, run_main, sample,
-                 save_state, set_lr, stop_rule, tf_adam_step)
+from sft import (MetricsLog, alone, backward_rows, batches, check, load_model, load_state, make_optimizer, run_main, sample,
+                 save_state, set_lr, stop_rule, stored_posts, tf_adam_step)
 
 
 @dataclass
@@ -395,7 +395,14 @@ def make_value_model(s, sft_folder, reward_folder, policy, device):
 def pretraining_rows(run, s):
     """What PPO-ptx draws from: the rows that the language model was pretrained on, and their weighting. None where it is off."""
     if s.ptx_coef:
-        return *encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R), run.config["settings"]["pretrain"]["query_weight"]
+        return *stored_posts(run, "pretrain"), run.config["settings"]["pretrain"]["query_weight"]
+
+
+def prompts(run):
+    """The posts that PPO writes summaries of: a set of their own, or those of pretraining that belong to the task."""
+    own = os.path.exists(os.path.join(run.folder, "data", "prompts.jsonl"))
+    return run.posts["prompts"] if own else [p for p in run.posts["pretrain"]
+                                              if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
 
 
 def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5, pretraining=None, reward="reward", until=None):
@@ -415,8 +422,7 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
     for model in trained:
         model.recompute = s.recompute
     saved = trained + [average] if s.ema else trained
-    queries = [encode_query(enc, post, Q) for post in posts]
-    plan = prompt_plan(len(queries), s, seed)
+    plan = prompt_plan(len(posts), s, seed)
     controller = make_controller(s)
     optimizer, generator = make_optimizer(trained, s.lr, 0.0, s.adam_beta2, s.adam_eps), torch.Generator().manual_seed(seed)
     start, more = load_state(folder, saved, optimizer, generator)
@@ -429,7 +435,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
         share = lr_share(iteration, s)
         set_lr(optimizer, s.lr * share, (s.value_lr or s.lr) * share)
         rows = plan[iteration]
-        r = rollout(policy, ref_policy, reward_model, value_model, [queries[i] for i in rows], R, s, controller.beta, generator, stop)
+        queries = [encode_query(enc, posts[i], Q) for i in rows]
+        r = rollout(policy, ref_policy, reward_model, value_model, queries, R, s, controller.beta, generator, stop)
         k1, _, k3 = (k.mean().item() for k in kl_estimates(r.logprobs, r.ref_logprobs, r.mask))
         if iteration == 0 and r.kl.mean().item() > 1e-3:
             raise DataError(f"the policy starts {r.kl.mean().item():.2g} nats from its reference; both must be the SFT model")
@@ -442,7 +449,7 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
                   explained_variance=1 - masked_mean((r.values - r.returns) ** 2, r.mask).item() / max(spread, 1e-8),
                   gold=mean_utility([posts[i] for i in rows], texts),
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
-        samples.write(iteration, [(enc.decode(queries[i]), t) for i, t in zip(rows, texts)], r.score.tolist(), r.kl.tolist())
+        samples.write(iteration, list(zip(map(enc.decode, queries), texts)), r.score.tolist(), r.kl.tolist())
         controller.update(k1, len(rows))  # for the next rollout
         if s.snapshots and (iteration + 1) % s.snapshots == 0:
             policy.save_pretrained(os.path.join(folder, f"iteration-{iteration + 1}"))
@@ -461,8 +468,7 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
 def main():
     run, settings, out, device = alone(__doc__, "ppo", PPOSettings,
                                        lambda run, s: stop_rule(run.enc, s.stop_token, s.truncate_after, run.R))
-    posts = [p for p in run.posts["pretrain"] if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, settings, out, run.seed, device,
+    train_ppo(run.folder, run.enc, prompts(run), run.Q, run.R, settings, out, run.seed, device,
               pretraining=pretraining_rows(run, settings))
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
+from corpus import parallel, store_rows
 from data import EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
 from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main, sample,
                  save_state, set_lr)
@@ -200,8 +201,8 @@ def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def group_by_post(enc, comparisons, Q, R, stop=None):
-    """Comparisons -> one entry per post: {query: ids, responses: [ids], pairs: [(better, worse)], index: [comparison]}.
+def group_texts(comparisons):
+    """Comparisons -> one entry per post: {query: the post, responses: [text], pairs: [(better, worse)], index: [comparison]}.
     Each distinct summary of a post becomes one response."""
     posts = defaultdict(list)
     for i, c in enumerate(comparisons):
@@ -213,10 +214,50 @@ def group_by_post(enc, comparisons, Q, R, stop=None):
             c = comparisons[i]
             a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
-        info = comparisons[members[0]]["info"]
-        groups.append({"query": encode_query(enc, info, Q), "pairs": pairs, "index": members,
-                       "responses": [encode_response(enc, text, R, info.get("task", "tldr"), stop) for text in texts]})
+        groups.append({"query": comparisons[members[0]]["info"], "responses": list(texts), "pairs": pairs, "index": members})
     return groups
+
+
+def encode_group(enc, group, Q, R, stop=None):
+    """-> ids of the query, ids of each response"""
+    info = group["query"]
+    return [encode_query(enc, info, Q)] + [encode_response(enc, text, R, info.get("task", "tldr"), stop) for text in group["responses"]]
+
+
+def group_by_post(enc, comparisons, Q, R, stop=None):
+    """group_texts with token ids in place of the texts."""
+    groups = []
+    for group in group_texts(comparisons):
+        query, *responses = encode_group(enc, group, Q, R, stop)
+        groups.append({**group, "query": query, "responses": responses})
+    return groups
+
+
+class StoredGroups:
+    """group_by_post of a file of comparisons: encoded once into `folder`, mapped from there afterwards; an entry is read when it is asked
+    for. take(indices) is such a list again."""
+
+    def __init__(self, groups, rows, starts):
+        self.groups, self.rows, self.starts = groups, rows, starts
+
+    @classmethod
+    def of(cls, folder, path, enc, comparisons, Q, R, stop=None):
+        groups = group_texts(comparisons)
+        rows = itertools.chain.from_iterable(parallel(lambda group: encode_group(enc, group, Q, R, stop), groups, 1024))
+        starts = [0, *itertools.accumulate(1 + len(g["responses"]) for g in groups)][:-1]
+        return cls(groups, store_rows(folder, [path], enc, ["groups", Q, R, stop], rows), starts)
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        query, *responses = self.rows[self.starts[i]:self.starts[i] + 1 + len(self.groups[i]["responses"])]
+        return {**self.groups[i], "query": query, "responses": responses}
+
+    def take(self, which):
+        return StoredGroups([self.groups[i] for i in which], self.rows, [self.starts[i] for i in which])
 
 
 def score_responses(model, queries, responses):
@@ -282,8 +323,9 @@ def ungroup(groups):
 def split_comparisons(enc, path, Q, R, stop=None):
     """Read comparisons.jsonl -> (groups to train on, groups held out, the comparisons)."""
     comparisons, _ = load_comparisons(path)
-    groups = group_by_post(enc, comparisons, Q, R, stop)
-    train, held_out = ([g for g in groups if comparisons[g["index"][0]].get("split") == split] for split in ("train", "valid"))
+    groups = StoredGroups.of(os.path.join(os.path.dirname(path), "tokens"), path, enc, comparisons, Q, R, stop)
+    train, held_out = (groups.take([i for i, g in enumerate(groups.groups) if comparisons[g["index"][0]].get("split") == split])
+                       for split in ("train", "valid"))
     if not train or not held_out:
         raise DataError(f"{path} leaves {len(train)} posts to train on and {len(held_out)} held out; each side needs one")
     return train, held_out, comparisons

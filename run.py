@@ -25,16 +25,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import estimate
 import evaluation
+import real
 import world
-from data import (TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, load_posts, pad_rows, post_key,
-                  query_text, save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
+from corpus import stored_text
+from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, save_encoding,
+                  save_json_lines, save_vocabulary, write_atomic)
 from model import GPT, GPTConfig, choose_precision
-from ppo import PPOSettings, pretraining_rows, train_ppo
-from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows,
+from ppo import PPOSettings, pretraining_rows, prompts, train_ppo
+from reward import (CollectSettings, RewardSettings, check_labels, collect, group_texts, labeler_agreement, normalising_rows,
                     sample_responses, score_all, split_comparisons, train_reward)
-from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
-                 pick_device, run_main, sft_posts, stop_rule, train_lm, truncate)
+from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, evaluate_lm, load_model, open_run,
+                 override, pick_device, run_main, sft_rows, split_rows, stop_rule, stored_posts, train_lm, truncate)
 
 
 @dataclass
@@ -45,6 +48,8 @@ class ModelSettings:
     n_embd: int = 128  # width d
     max_query: int = 128  # Q: a longer post is cut (Stiennon: 512)
     max_response: int = 48  # R, with EOS; 0 takes the 99th percentile of the summaries
+    vocab: str = ""  # folder with GPT-2's encoder.json and vocab.bpe, or gpt2 (downloads them); empty: init's own, else one is trained
+    init: str = ""  # weights that take the place of pretraining: a folder, gpt2, gpt2-medium, gpt2-large or gpt2-xl; their shape counts
 
     def validate(self):
         check(self.vocab_size > 257, "model.vocab_size must be above 257, the bytes and the end of text")
@@ -59,12 +64,13 @@ class PostSettings:
     pretrain: int = 16000  # unfiltered posts for the language model; PPO takes its prompts from them
     sft: int = 1600  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
     test: int = 500  # held-out posts of the evaluation
-    task: str = "tldr"  # of the embedded world: tldr, or stories to be continued: sentiment (happily) or descriptiveness (Ziegler)
+    task: str = "tldr"  # tldr, sentiment or descriptiveness (continuations: of stories, or of excerpts of --text); of files also cnndm
     world: str = "reddit"  # what the posts are about: reddit or news, the second world that takes the part of CNN/DM
     news: float = 0.0  # share of news among the pretraining posts, as a language model has read of more than its task
+    filter: bool = False  # posts of a file go through the paper's rules for raw Reddit data (Stiennon appendix A)
 
     def validate(self):
-        check(self.task in world.TASK_WEIGHTS, f"data.task must be one of {', '.join(world.TASK_WEIGHTS)}")
+        check(self.task in TASKS, f"data.task must be one of {', '.join(TASKS)}")
         check(min(self.pretrain, self.sft, self.test) > 0, "data.pretrain, data.sft and data.test must be above 0")
         check(self.world in world.WORLDS and 0 <= self.news <= 1, "data.world must be reddit or news, data.news between 0 and 1")
 
@@ -93,6 +99,16 @@ GPT3_1B = {  # what the 1.3B models of Stiennon and InstructGPT share; micro and
     "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "sft.weight_decay": 0.0, "sft.micro": 4,
     "sft.recompute": True, "reward.batch": 64, "reward.weight_decay": 0.0, "reward.micro": 2, "reward.recompute": True, "ppo.batch": 512,
     "ppo.micro": 4, "ppo.recompute": True}
+GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches from Ziegler's code for 124M
+    "model.max_query": 512, "model.max_response": 48, "data.pretrain": 10**6, "data.sft": 10**6, "sft.lr": 6.35e-5, "sft.batch": 128,
+    "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
+    "ppo.micro": 64}
+GPT2_STYLE = {  # Ziegler's code: best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on
+    "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.lr": 6.35e-5,
+    "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
+    "reward.final_lr": 0.0, "reward.warmup": 0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
+    "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.value": "shared", "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
+    "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -101,8 +117,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     # one paper each on the embedded world: its choices, with sizes and learning rates that fit a million parameters and five minutes
     "stiennon": {"sft.weight_decay": 0.0, "reward.weight_decay": 0.0, "collect.rounds": 2},
     "instructgpt": {
-        "data.sft": 640, "sft.epochs": 16, "sft.lr": 3e-4, "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1,
-        "sft.choose": "reward", "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.tie": 0.25, "collect.posts": 1000,
+        "data.sft": 512, "sft.epochs": 16, "sft.lr": 3e-4, "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1,
+        "sft.choose": "reward", "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.tie": 0.25, "collect.posts": 800,
         "collect.held_out_posts": 300, "reward.loss": "kwise", "reward.weight_decay": 0.0, "ppo.lr": 3e-4, "ppo.value_lr": 5e-4,
         "ppo.schedule": "constant", "ppo.warmup": 2, "ppo.iterations": 14, "ppo.epochs": 1, "ppo.minibatches": 8, "ppo.beta": 0.02,
         "ppo.temperature": 1.0, "ppo.ptx_coef": 0.5, "ppo.ptx_ratio": 4, "ppo.ema": 0.9},
@@ -127,10 +143,22 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
                 "pretrain.query_weight": 1.0, "sft.epochs": 0,
                 "collect.posts": 5000, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
-                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 5e-4, "ppo.iterations": 60, "ppo.batch": 64, "ppo.minibatches": 1, "ppo.epochs": 4,
+                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1, "ppo.epochs": 4,
                 "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
                 "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
                 "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},
+    # real data: GPT-2 on the papers' tasks, and a small model from scratch on anybody's posts and text
+    "small-real": {"model.vocab_size": 4096, "model.n_embd": 192, "model.n_head": 6, "model.max_query": 320, "model.max_response": 64,
+                   "data.test": 300, "pretrain.epochs": 4, "pretrain.choose": "loss", "pretrain.query_weight": 1.0, "pretrain.batch": 12,
+                   "pretrain.lr": 2e-3, "sft.epochs": 2, "sft.choose": "loss", "sft.lr": 3e-4,
+                   "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3, "ppo.iterations": 10, "ppo.lr": 1e-4, "evaluation.best_of": 4},
+    "gpt2-tldr": {"model.init": "gpt2", **GPT2_TLDR},
+    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16, "reward.micro": 4, "ppo.batch": 256,
+                        "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
+    "gpt2-cnndm": {"model.init": "gpt2", **GPT2_TLDR, "data.task": "cnndm", "model.max_query": 500, "model.max_response": 75,
+                   "ppo.temperature": 0.5},  # Ziegler's lengths and temperature: Stiennon's 1919 tokens do not fit into GPT-2
+    "gpt2-sentiment": {"data.task": "sentiment", **GPT2_STYLE},
+    "gpt2-descriptiveness": {"data.task": "descriptiveness", **GPT2_STYLE},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
@@ -156,7 +184,7 @@ def check_together(s, real=False):
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
-    check(real or s.data.task == "tldr" or s.ppo.stop_token, f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must "
+    check(real or TASKS[s.data.task].stop == EOS or s.ppo.stop_token, f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must "
           "say what ends a response, as in the preset ziegler")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
@@ -179,27 +207,29 @@ def of_round(run, file, k=None):
 
 
 def split_posts(run):
-    """The posts of every split, from the embedded world or from a file."""
+    """The posts of every split from the embedded world."""
     s = run.settings
-    if run.posts_file is None:
-        sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
-                 "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
-        surplus = {"sft", "valid", "test"}  # these will be filtered by length
-        posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
-                                        world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
-        news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
-        posts["pretrain"][:len(news)] = news
-        return posts
-    posts, skipped = load_posts(run.posts_file)
-    print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
-    if len(posts) < 8:
-        raise DataError(f"{run.posts_file} has {len(posts)} usable posts; at least 8 are needed")
-    for post in posts:
-        post.pop("facts", None)  # the gold judge speaks of its own world only
-    random.Random(run.seed).shuffle(posts)
-    held = max(1, min(s.data.test, len(posts) // 8))
-    train = posts[2 * held:]
-    return {"test": posts[:held], "valid": posts[held:2 * held], "pretrain": train[:s.data.pretrain], "sft": train[:s.data.sft]}
+    if s.data.task not in world.TASK_WEIGHTS:
+        raise DataError(f"the embedded world has no {s.data.task}; name files with --posts and --comparisons")
+    sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
+             "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
+    surplus = {"sft", "valid", "test"}  # these will be filtered by length
+    posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
+                                    world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
+    news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
+    posts["pretrain"][:len(news)] = news
+    return posts
+
+
+def filter_splits(run):
+    """-> encoding, the posts of every split: supervised training and evaluation take the filtered TL;DRs only, as the papers do."""
+    s, splits = run.settings, split_posts(run)
+    enc = real.vocabulary(s.model, [real.text_of(p) for p in splits["pretrain"][:5000]])
+    for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
+        fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))] if s.data.task == "tldr" else \
+               end_stories(enc, splits[name], s.model.max_response)
+        splits[name] = fits[:n]
+    return enc, splits
 
 
 def end_stories(enc, stories, R):
@@ -212,48 +242,72 @@ def end_stories(enc, stories, R):
 
 
 def stage_data(run):
-    """Posts of every split, the tokenizer trained on them, query and response lengths Q and R."""
-    s, splits = run.settings, split_posts(run)
-    enc = train_bpe([query_text(p) + " " + p["summary"] for p in splits["pretrain"][:5000]], s.model.vocab_size)
-    if run.posts_file is None:  # supervised training and evaluation take the filtered TL;DRs only, as the papers do
-        for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
-            fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))] if s.data.task == "tldr" else \
-                   end_stories(enc, splits[name], s.model.max_response)
-            splits[name] = fits[:n]
-    lengths = [len(encode_response(enc, p["summary"], 10**6, p.get("task", "tldr"))) for p in splits["sft"]]
+    """Posts of every split, the vocabulary, query and response lengths Q and R."""
+    s = run.settings
+    make = filter_splits if not run.real else real.split_excerpts if s.data.task in real.CONTINUATIONS else real.split_posts
+    enc, splits = make(run)
+    lengths = [len(encode_response(enc, p["summary"], 10**6, p.get("task", "tldr"))) for p in splits["sft"][:5000]]
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
-    Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
-    stop = stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
-    if run.comparisons_file is not None:
-        check_labels(group_by_post(enc, load_comparisons(run.comparisons_file)[0], Q, R, stop), s.reward.loss)
+    stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
+    model_config(s.model, enc, s.model.max_query, R)
+    groups = group_texts(real.read_comparisons(run, enc)) if run.real else None
+    check_labels(groups or [], s.reward.loss)
     os.makedirs(path(run, "data"), exist_ok=True)
-    save_encoding(enc, path(run, "tokenizer.json"))
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
+    rows = {name: split_rows(run.folder, name, enc, s.model.max_query, R) for name in splits}
+    Q = int(max((part.stops - part.starts)[::2].max() for part in rows.values()))  # as long as the longest query, at most max_query
+    check_fit(run, enc, Q, R, rows, groups)
+    save_encoding(enc, path(run, "tokenizer.json"))
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
     print(f"{', '.join(f'{len(posts)} {name}' for name, posts in splits.items())} posts; {enc.n_vocab} tokens; "
           f"queries up to Q = {Q}, responses up to R = {R} tokens")
 
 
+def check_fit(run, enc, Q, R, rows, groups):
+    """Say what this run will take, and refuse it where that is more memory than there is."""
+    s, sizes = run.settings, {name: int((rows[name].stops - rows[name].starts).sum()) for name in ("pretrain", "sft")}
+    if run.files["text"]:
+        text = stored_text(path(run, "tokens"), run.files["text"], enc, Q + R)
+        sizes["pretrain"] += int((text.stops - text.starts).sum())
+    sizes["query"] = float((rows["sft"].stops - rows["sft"].starts)[::2].mean())
+    sizes["groups"] = s.collect.posts if groups is None else len(groups)
+    sizes["responses"] = s.collect.posts * (s.collect.k + 1) if groups is None else sum(len(g["responses"]) for g in groups)
+    estimate.check_resources(s, model_config(s.model, enc, Q, R), Q, R, sizes, run.device, bool(s.model.init))
+
+
+def model_config(m, enc, Q, R):
+    """The shape of the language model: of the weights that are given, else of the settings."""
+    if m.init:
+        return real.check_init(m.init, enc, Q, R)
+    return GPTConfig(enc.n_vocab, Q + max(R, 96), m.n_layer, m.n_head, m.n_embd, enc.n_vocab - 1)
+
+
 def stage_pretrain(run):
-    """A language model on unfiltered text: it stands for GPT-2."""
+    """A language model: trained on unfiltered text, where it stands for GPT-2, or GPT-2 itself."""
     torch.manual_seed(run.seed)
-    m = run.settings.model
-    model = GPT(GPTConfig(run.enc.n_vocab, run.Q + max(run.R, 96), m.n_layer, m.n_head, m.n_embd, run.enc.n_vocab - 1))
-    model = model.to(run.device)
-    model.amp_dtype = choose_precision(run.device)[0]
+    m, valid = run.settings.model, encode_posts(run.enc, run.posts["valid"], run.Q, run.R)
     save_vocabulary(run.enc, path(run, "pretrained"))
-    loss = train_lm(model, encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R),
-                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.pretrain, path(run, "pretrained"),
-                    run.seed, name="pretrain")
+    if m.init:
+        model = load_model(m.init, run.device)
+        model.save_pretrained(path(run, "pretrained"))
+        loss = evaluate_lm(model, *valid)
+    else:
+        model = GPT(model_config(m, run.enc, run.Q, run.R)).to(run.device)
+        model.amp_dtype = choose_precision(run.device)[0]
+        loss = train_lm(model, stored_posts(run, "pretrain"), valid, run.settings.pretrain, path(run, "pretrained"), run.seed, name="pretrain")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out loss {loss:.3f} nats per summary token")
+    if run.real:
+        measured = evaluation.held_out_bits(model, run)
+        write_atomic(path(run, "pretrained", "held_out.json"), json.dumps(measured))
+        print("\n".join(evaluation.bits_text(measured)))
 
 
 def stage_sft(run):
     """Supervised fine-tuning on the filtered summaries."""
     save_vocabulary(run.enc, path(run, "sft"))
-    s, posts = run.settings.sft, sft_posts(run, run.settings.sft)
-    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, posts, run.Q, run.R),
+    s = run.settings.sft
+    loss = train_lm(load_model(path(run, "pretrained"), run.device), sft_rows(run, s),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), s, path(run, "sft"), run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token")
 
@@ -287,7 +341,7 @@ def stage_collect(run):
     """Comparisons, from the labelers of the embedded world or from a file of human ones."""
     s, name = run.settings.collect, f"{run.seed}-{run.round}" if run.round > 1 else str(run.seed)
     rng = random.Random(f"collect-{name}")
-    if run.comparisons_file is None:
+    if not run.real:
         labeler = world.Labeler(run.settings.data.task, s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped,
                                 tie=s.tie, seed=run.seed)
         comparisons, policies = [], mixture(run)
@@ -305,14 +359,8 @@ def stage_collect(run):
             print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
                   f"with each other {agreement['between_labelers']:.1%}")
     else:
-        comparisons, skipped = load_comparisons(run.comparisons_file)
-        print(f"{run.comparisons_file}: {len(comparisons)} comparisons, {skipped} more skipped because a text is empty")
-        keys = sorted({post_key(c["info"]) for c in comparisons})
-        rng.shuffle(keys)  # several comparisons share a post: split by post, never by row
-        held_out = set(keys[:max(1, len(keys) // 5)])
-        for c in comparisons:
-            c["split"] = "valid" if post_key(c["info"]) in held_out else "train"
-            c["info"].pop("facts", None)
+        comparisons = real.read_comparisons(run, run.enc)
+        real.split_comparisons_by_post(comparisons, run.posts["test"] + run.posts["valid"], rng)
     os.makedirs(os.path.dirname(of_round(run, "comparisons.jsonl")), exist_ok=True)
     save_json_lines(of_round(run, "comparisons.jsonl"), comparisons)
     print(f"{len(comparisons)} comparisons in {of_round(run, 'comparisons.jsonl')}")
@@ -355,7 +403,7 @@ def stage_ppo(run):
     """PPO against the reward model."""
     if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
         choose_sft(run)
-    posts, s, folder = [p for p in run.posts["pretrain"] if world.in_task(p, run.settings.data.world)], run.settings, of_round(run, "ppo")
+    s, folder = run.settings, of_round(run, "ppo")
     until = round(s.ppo.iterations * run.round / s.collect.rounds) if s.collect.online else s.ppo.iterations
     if s.collect.online and run.round > 1 and not os.path.exists(os.path.join(folder, "state.pt")):
         os.makedirs(folder, exist_ok=True)
@@ -363,7 +411,7 @@ def stage_ppo(run):
             target = os.path.join(folder, name)
             shutil.copy2(os.path.join(of_round(run, "ppo", run.round - 1), name), target + ".part")
             os.replace(target + ".part", target)
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, s.ppo, folder, run.seed, run.device,
+    train_ppo(run.folder, run.enc, prompts(run), run.Q, run.R, s.ppo, folder, run.seed, run.device,
               pretraining=pretraining_rows(run, s.ppo), reward=os.path.relpath(of_round(run, "reward"), run.folder), until=until)
 
 
@@ -430,7 +478,7 @@ def same_stages(base, old, new):
     a, b = old.get("settings", {}), new["settings"]
     a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
     few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
-    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in ("posts", "comparisons")):
+    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in real.FILES):
         return []
     differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
     if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]):
@@ -518,19 +566,19 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto", until=None):
+def run_pipeline(settings, seed, out, name, base=None, device="auto", until=None, **files):
     """Every stage with these settings in the folder `out`, then the report; or the stages up to `until`, and no report.
 
-    base: a run's folder whose stages may be taken over."""
-    config = {"preset": name, "seed": seed, "posts": posts, "comparisons": comparisons, "base": base,
-              "settings": dataclasses.asdict(settings)}
+    base: a run's folder whose stages may be taken over; files: of real.FILES, in place of the embedded world."""
+    files = {key: files.get(key) for key in real.FILES}
+    config = {"preset": name, "seed": seed, **files, "base": base, "settings": dataclasses.asdict(settings)}
     if base is not None:
         open_run(base)  # refused before anything is made
     open_folder(out, config)
     if base is not None:
         share_stages(base, out, config)
-    run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), posts_file=posts,
-                          comparisons_file=comparisons)
+    run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), files=files,
+                          real=any(files.values()), config=config)
     try:
         seconds, worked = run_stages(run, until)
     except DataError:
@@ -538,6 +586,8 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
             for file in ("config.json", "seconds.json"):
                 if os.path.exists(path(run, file)):
                     os.remove(path(run, file))
+            for folder in ("data", "tokens"):
+                shutil.rmtree(path(run, folder), ignore_errors=True)
         raise
     if until is None:
         evaluation.write_report(out, seconds, peak_memory() if worked else None)
@@ -555,26 +605,24 @@ def main():
     parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything (default 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    parser.add_argument("--posts", help="JSON lines with subreddit, title, post, summary, instead of the embedded world")
-    parser.add_argument("--comparisons", help="human comparisons in OpenAI's format; goes with --posts")
+    for file, what in real.FILES.items():
+        parser.add_argument("--" + file.replace("_", "-"), nargs="+" if file == "text" else None, metavar="FILE", help=what)
+    for setting in ("data.task", "model.vocab", "model.init"):
+        parser.add_argument("--" + setting.split(".")[1], dest=setting, metavar="str", help=f"short for --{setting}")
     for stage, part in vars(Settings()).items():
         add_settings(parser, part, stage + ".")
     parser.add_argument("--rounds", type=int, dest="collect.rounds", metavar="int", help="short for --collect.rounds")
     args = parser.parse_args()
-    if (args.posts is None) != (args.comparisons is None):
-        raise DataError("--posts and --comparisons go together: only the embedded world has labelers of its own")
-    if args.posts and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
-        raise DataError("--collect settings go with the labelers of the embedded world; with --comparisons people have labelled")
-    for file in (args.posts, args.comparisons):
-        if file and not os.path.isfile(file):
-            raise DataError(f"{file} does not exist")
-    name = args.preset or ("real" if args.posts else "tiny")
+    files = {name: getattr(args, name) for name in real.FILES}
+    name = args.preset or ("real" if any(files.values()) else "tiny")
     settings = preset(name)
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
-    check_together(settings, real=args.comparisons is not None)
-    run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.posts,
-                 args.comparisons, args.device)
+    real.check_files(files, settings.data.task)
+    if any(files.values()) and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
+        raise DataError("--collect settings go with the labelers of the embedded world; in files people have labelled")
+    check_together(settings, real=any(files.values()))
+    run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.device, **files)
 
 
 if __name__ == "__main__":

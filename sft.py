@@ -11,6 +11,7 @@ trains on the filtered posts of a run, starting from its pretrained model. The s
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from corpus import held_out_text, post_rows, store_rows, stored_text, text_files
 from data import (DataError, encode_query, encode_response, load_encoding, load_posts, pad_rows, save_vocabulary,
                   write_atomic)
 from model import GPT, choose_precision
@@ -260,11 +262,21 @@ def open_run(folder):
         raise DataError(f"{folder} is not the folder of a run; `python run.py --out {folder}` makes one") from None
     except ValueError as e:
         raise DataError(f"{folder}: config.json or data/lengths.json is damaged ({e})") from None
-    files = sorted(name for name in os.listdir(os.path.join(folder, "data")) if name.endswith(".jsonl"))
     enc, s = load_encoding(os.path.join(folder, "tokenizer.json")), config["settings"]["ppo"]
     return SimpleNamespace(folder=folder, config=config, enc=enc, Q=lengths["Q"], R=lengths["R"],
                            stop=stop_rule(enc, s["stop_token"], s["truncate_after"], lengths["R"]),
-                           posts={name[:-6]: load_posts(os.path.join(folder, "data", name))[0] for name in files})
+                           posts=Posts(os.path.join(folder, "data")))
+
+
+class Posts(dict):
+    """{split: posts}, each split read when it is first asked for: of a large set most stages need little."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, split):
+        self[split] = load_posts(os.path.join(self.folder, split + ".jsonl"), need_summary=split != "prompts")[0]
+        return self[split]
 
 
 def alone(doc, stage, settings_class, refuse):
@@ -354,9 +366,40 @@ def encode_posts(enc, posts, Q, R, stop=None):
     return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R, p.get("task", "tldr"), stop) for p in posts]
 
 
+def split_rows(folder, split, enc, most, R):
+    """Tokens of a split of the run in `folder`: query, response, query, ...; encoded once, mapped from there afterwards."""
+    file = os.path.join(folder, "data", split + ".jsonl")
+    return store_rows(os.path.join(folder, "tokens"), [file], enc, ["posts", most, R], post_rows(file, enc, most, R, need_summary=split != "prompts"))
+
+
+def run_text(run):
+    """The run's text in rows of Q + R tokens: TokenRows to train on, TokenRows to test on; None where it has none."""
+    if run.config.get("text"):
+        rows = stored_text(os.path.join(run.folder, "tokens"), run.config["text"], run.enc, run.Q + run.R)
+        return [rows.take(part) for part in held_out_text(rows)]
+
+
+def stored_posts(run, split):
+    """encode_posts of a split as TokenRows. What is pretrained on holds the run's text too: rows of it, as queries of one token and
+    responses of all others. -> queries, responses"""
+    rows = split_rows(run.folder, split, run.enc, run.config["settings"]["model"]["max_query"], run.R)
+    text = run_text(run) if split == "pretrain" else None
+    if text:
+        files = [file for path in run.config["text"] for file in text_files(path)]
+        both = itertools.chain(rows, (part for row in text[0] if len(row) > 1 for part in (row[:1], row[1:])))
+        rows = store_rows(os.path.join(run.folder, "tokens"), [os.path.join(run.folder, "data", "pretrain.jsonl"), *files], run.enc,
+                          ["posts and text", run.Q, run.R], both)
+    return rows.columns(2)
+
+
 def sft_posts(run, s):
     """What fine-tuning trains on: its own posts, and as many of pretraining's that they are the share s.mix of all. (InstructGPT C.3)"""
     return run.posts["sft"] + run.posts["pretrain"][:round(len(run.posts["sft"]) * s.mix / (1 - s.mix))]
+
+
+def sft_rows(run, s):
+    """sft_posts as rows: those of large sets, which mix nothing in, are stored."""
+    return encode_posts(run.enc, sft_posts(run, s), run.Q, run.R) if s.mix else stored_posts(run, "sft")
 
 
 def row_loss(model, queries, responses, query_weight):
@@ -457,8 +500,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 def main():
     run, settings, out, device = alone(__doc__, "sft", SFTSettings, lambda run, s: check(
         s.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss"))
-    posts = sft_posts(run, settings)
-    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, posts, run.Q, run.R),
+    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), sft_rows(run, settings),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")
 

@@ -230,7 +230,7 @@ def make_story(rng, id, task):
     """One story: {id, task, subreddit, title, post, summary, facts}, where `post` is its beginning, six or seven sentences, and `summary`
     the four that follow. Its mood and its eye for physical things stay the same all along."""
     who, whom = rng.sample(SLOTS["name"], 2)
-    facts = {"who": who, "whom": whom, "place": _pick(rng, "place"), "thing": _pick(rng, "object")}
+    facts = {"who": who, "whom": whom, "place": _pick(rng, SLOTS["place"]), "thing": _pick(rng, SLOTS["object"])}
     happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
     kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
         (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -101,7 +102,8 @@ def test_pretraining_loss_is_of_that_policy_on_posts_nobody_saw(done):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ablations, "encode_posts", encode)
             losses[policy] = ablations.pretraining_loss(folder, policy, "cpu")["pretraining loss"]
-    trained = {post["post"] for posts in open_run(folder).posts.values() for post in posts}
+    trained = {post["post"] for split in os.listdir(os.path.join(folder, "data")) if split.endswith(".jsonl")
+               for post in open_run(folder).posts[split[:-6]]}
     assert len(seen) == 24 and not trained & {post["post"] for post in seen} and len({post["subreddit"] for post in seen}) > 3
     assert 5 < losses["sft"] < 8 and losses["sft"] != losses["ppo"]
     assert ablations.pretraining_loss(folder, "sft", "cpu")["pretraining loss"] == losses["sft"]  # from its file

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import random_rows, tiny_model
 from safetensors.numpy import load_file
 
-import data
+import download
 from data import DataError, pad_rows
 from model import GPT, attention, attention_in_parts, logits, plain_attention, read_config
 from sft import load_model
@@ -571,7 +571,7 @@ HUB_CONFIG = """{
 def test_openais_own_configs(name, layers, heads, width, more):
     """The hub's config.json to the byte, as its hash tells, is one that we take."""
     text = HUB_CONFIG % (width, heads, layers, more)
-    assert hashlib.sha256(text.encode()).hexdigest() == data.FILES[f"{name}/config.json"][1]
+    assert hashlib.sha256(text.encode()).hexdigest() == download.FILES[f"{name}/config.json"][1]
     config = read_config(json.loads(text), "config.json")
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (layers, heads, width, 1024)
     assert (config.vocab_size, config.eos) == (50257, 50256)
@@ -586,7 +586,7 @@ def test_weights_by_name_are_downloaded_once(server, tmp_path, monkeypatch, name
     for file in ("config.json", "model.safetensors"):
         content = (tmp_path / "there" / file).read_bytes()
         server.files[f"{name}/{file}"] = content
-        monkeypatch.setitem(data.FILES, f"{name}/{file}", ("https://127.0.0.1:1/" + file, hashlib.sha256(content).hexdigest()))
+        monkeypatch.setitem(download.FILES, f"{name}/{file}", ("https://127.0.0.1:1/" + file, hashlib.sha256(content).hexdigest()))
     for head in ("lm", "scalar", "lm"):
         model = GPT.from_pretrained(name, head)
         assert all(torch.equal(p, model.state_dict()[key]) for key, p in small.state_dict().items())

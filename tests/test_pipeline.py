@@ -164,7 +164,7 @@ def test_another_configuration_is_refused_by_name(finished):
     (["--nonsense", "1"], ["--nonsense"]), (["--ppo.beta", "-1"], ["beta"]), (["--ppo.lr", "nan"], ["lr"]), (["--sft.batch", "0"], ["batch"]),
     (["--model.n_embd", "33"], ["n_embd"]), (["--model.vocab_size", "10"], ["vocab_size"]), (["--preset", "huge"], ["huge"]),
     (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
-    (["--posts", "x.jsonl"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["x.jsonl does not exist"]),
+    (["--posts", "README.md"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["y.jsonl does not exist"]),
     (["--out", "/dev/null/run"], ["/dev/null"]), (["--reward.loss", "kwise"], ["collect.labels rank"]),
     (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
 def test_bad_settings_are_one_sentence(tmp_path, args, says):
@@ -514,38 +514,6 @@ def test_which_stages_a_base_shares(finished, monkeypatch):
     assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
 
 
-def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp_path):
-    """Catches until that goes too far or writes a report, and comparisons about posts that were not asked for."""
-    out, _ = finished
-    settings = run.preset("test")
-    settings.collect.posts, settings.collect.held_out_posts = 5, 3
-    run.run_pipeline(settings, 1, str(tmp_path / "few"), "test", str(out), device="cpu", until="reward")
-    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == [
-        "comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward", "seconds.json", "sft", "tokenizer.json"]
-    assert not list((tmp_path / "few" / "sft").glob("state.pt"))  # nothing goes on from there
-    ids = {c["info"]["id"] for c in map(json.loads, (tmp_path / "few" / "comparisons.jsonl").read_text().splitlines())}
-    assert ids == {f"collect-{i}" for i in range(5)} | {f"held_out-{i}" for i in range(3)}
-
-
-def test_posts_of_the_second_world():
-    """Catches data.world and data.news that nothing reads, news among the prompts of PPO, or a first world that they change."""
-    settings = run.preset("test")
-    of = SimpleNamespace(settings=settings, seed=1, posts_file=None)
-    plain = run.split_posts(of)
-    settings.data.news = .25
-    mixed = run.split_posts(of)
-    about = [run.world.world_of(p) for p in mixed["pretrain"]]
-    assert about.count("news") == 16 and len(about) == 64 and all(plain[name] == mixed[name] for name in plain if name != "pretrain")
-    prompts = [p for p in mixed["pretrain"] if run.world.in_task(p, "reddit")]
-    assert prompts and {run.world.world_of(p) for p in prompts} == {"reddit"}
-    assert any(run.world.in_task(p, "news") for p in mixed["pretrain"])
-    settings.data.world, settings.data.news = "news", 0.
-    assert {run.world.world_of(p) for posts in run.split_posts(of).values() for p in posts} == {"news"}
-    settings.data.world = "mars"
-    with pytest.raises(DataError, match="data.world"):
-        settings.data.validate()
-
-
 def rows_of(file):
     return [json.loads(line) for line in file.open()]
 
@@ -664,3 +632,34 @@ def test_a_stage_alone_is_refused_before_it_writes(finished, tmp_path, monkeypat
     with pytest.raises(DataError):
         __import__(module).main()
     assert not (tmp_path / "o").exists()
+
+
+def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp_path):
+    """Catches until that goes too far or writes a report, and comparisons about posts that were not asked for."""
+    out, _ = finished
+    settings = run.preset("test")
+    settings.collect.posts, settings.collect.held_out_posts = 5, 3
+    run.run_pipeline(settings, 1, str(tmp_path / "few"), "test", str(out), device="cpu", until="reward")
+    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == ["comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward",
+                                                                    "seconds.json", "sft", "tokenizer.json"]
+    assert not list((tmp_path / "few" / "sft").glob("state.pt"))  # nothing goes on from there
+    ids = {c["info"]["id"] for c in map(json.loads, (tmp_path / "few" / "comparisons.jsonl").read_text().splitlines())}
+    assert ids == {f"collect-{i}" for i in range(5)} | {f"held_out-{i}" for i in range(3)}
+
+
+def test_posts_of_the_second_world():
+    """Catches data.world and data.news that nothing reads, news among the prompts of PPO, or a first world that they change."""
+    settings = run.preset("test")
+    of = SimpleNamespace(settings=settings, seed=1, posts_file=None)
+    plain = run.split_posts(of)
+    settings.data.news = .25
+    mixed = run.split_posts(of)
+    about = [run.world.world_of(p) for p in mixed["pretrain"]]
+    assert about.count("news") == 16 and len(about) == 64 and all(plain[name] == mixed[name] for name in plain if name != "pretrain")
+    prompts = [p for p in mixed["pretrain"] if run.world.in_task(p, "reddit")]
+    assert prompts and {run.world.world_of(p) for p in prompts} == {"reddit"} and any(run.world.in_task(p, "news") for p in mixed["pretrain"])
+    settings.data.world, settings.data.news = "news", 0.
+    assert {run.world.world_of(p) for posts in run.split_posts(of).values() for p in posts} == {"news"}
+    settings.data.world = "mars"
+    with pytest.raises(DataError, match="data.world"):
+        settings.data.validate()
