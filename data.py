@@ -1,38 +1,27 @@
 """
-What goes in and out: encodings, downloads, the tasks with their files and query formats, token storage.
+What goes in and out: encodings, the tasks with their files and query formats.
 
-References: Sennrich et al. 2016 (BPE); Stiennon 2020 appendices A and B and openai/summarize-from-feedback (query
-formats, truncation, filter, comparison files); Ziegler 2019 and openai/lm-human-preferences (excerpts, 4-way labels).
+References: Sennrich et al. 2016 (BPE); Stiennon 2020 appendix B and openai/summarize-from-feedback (query formats,
+truncation, comparison files); Ziegler 2019 and openai/lm-human-preferences (4-way labels).
 
     enc = train_bpe(texts, vocab_size=1024)       # a tiktoken.Encoding, trained in about a second
     posts = load_posts("posts.jsonl")             # dicts: id, subreddit, title, post, summary
     query = encode_query(enc, posts[0], Q=512)    # token ids of "SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:"
 """
-import array
 import csv
 import gzip
-import hashlib
-import http.client
 import itertools
 import json
 import os
-import random
 import re
-import urllib.error
-import urllib.request
 import zlib
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import regex
 import tiktoken
 import torch
-from tqdm import tqdm
 
-
-class DataError(Exception):
-    """Input that cannot be used: one sentence that says what is wrong, where (file and line), and what to do."""
+from download import DataError, fetch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,120 +94,12 @@ def load_encoding(path):
 
 
 def write_atomic(path, text):
-    """All of the file or nothing: a temporary file, fsync, rename."""
+    """All of the file or nothing: a temporary file, fsync, rename. text: a str, or an iterable of them."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
+        f.writelines([text] if isinstance(text, str) else text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# downloads: once, into a cache folder
-
-HUB, BLOBS = "https://huggingface.co/openai-community", "https://openaipublic.blob.core.windows.net"
-GPT2_FILES = {  # revision on the hub, sha256 of its files
-    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e", {
-        "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-        "config.json": "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4"}),
-    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", {
-        "model.safetensors": "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
-        "config.json": "ef1a44d889ad1a0acc7731c78134f1b87d2d222f110e97dd10fd4117331caf22"}),
-    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", {
-        "model.safetensors": "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
-        "config.json": "7fccdcfd6622055342a734c663ee0b61ff4fd697f42467595df0bf4448c8c170"}),
-    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2", {
-        "model.safetensors": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-        "config.json": "be48115d52314bc27327e160bf10197760db02ea689d10adb24db4102edf7a8a"})}
-# Weights: the hashes that several public projects record for these revisions, not yet verified by a download of ours.
-# Configs: tests/test_model.py rebuilds the files. Vocabulary: tiktoken pins them. OpenAI's data: none is published, and
-# None means that the content is unverified; only the length that the server announces is checked.
-FILES = {  # path in the cache: (address, sha256 or None)
-    **{f"{size}/{file}": (f"{HUB}/{size}/resolve/{revision}/{file}", sha256)
-       for size, (revision, files) in GPT2_FILES.items() for file, sha256 in files.items()},
-    "gpt2/encoder.json": (f"{BLOBS}/gpt-2/encodings/main/encoder.json",
-                          "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
-    "gpt2/vocab.bpe": (f"{BLOBS}/gpt-2/encodings/main/vocab.bpe",
-                       "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-    **{f"{folder}/{split}.jsonl": (f"{BLOBS}/summarize-from-feedback/datasets/{folder}/{split}.jsonl", None)
-       for folder in ("tldr_3_filtered", "tldr_3_filtered_queries") for split in ("train", "valid", "test")},
-    **{f"comparisons/{name}.json": (f"{BLOBS}/summarize-from-feedback/dataset/comparisons/{name}.json", None)
-       for name in [f"batch{i}" for i in (*range(3, 21), 22)] + ["batch0_cnndm", "cnndm0", "cnndm2", "edit_b2_eval_test"]},
-    **{f"axis_evals/{name}.json": (f"{BLOBS}/summarize-from-feedback/dataset/axis_evals/{name}.json", None)
-       for name in ("cnndm1", "cnndm3", "cnndm4", "tldraxis1", "tldraxis2")},
-    **{f"labels/{name}.json": (f"{BLOBS}/lm-human-preferences/labels/{name}.json", None)
-       for name in ("sentiment/offline_5k", "descriptiveness/offline_5k", "cnndm/offline_60k", "cnndm/online_45k",
-                    "tldr/offline_60k", "tldr/online_45k")},
-}
-
-
-def cache_folder():
-    """Where downloads go: $RLHF_CACHE, or ~/.cache/rlhf."""
-    return os.environ.get("RLHF_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "rlhf")
-
-
-def fetch(name):
-    """Path of one of FILES in the cache, downloaded the first time. $RLHF_MIRROR, the address of a server that has the
-    files under the same names (a cache folder served as it is will do), takes the place of the public addresses."""
-    url, sha256 = FILES[name]
-    mirror = os.environ.get("RLHF_MIRROR")
-    return download(f"{mirror.rstrip('/')}/{name}" if mirror else url, os.path.join(cache_folder(), name), sha256)
-
-
-def download(url, path, sha256=None, size=None):
-    """Fetch url into path, unless path is there. -> path
-
-    Bytes gather in path.part, which becomes path when its sha256 is right, or where none is given its size, as given or as
-    the server announced it. A part left by an interruption is continued if the server can and sha256 or size will tell
-    whether the pieces fit, else begun anew. Raises DataError."""
-    if os.path.exists(path):
-        return path
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part, digest = f"{path}.part", hashlib.sha256()
-    # one byte less than is there: of a part that is whole but for its name there is then still something to ask for
-    start = max(0, os.path.getsize(part) - 1) if os.path.exists(part) and (sha256 or size) else 0
-    try:
-        response, start = _open_url(url, start)
-        with response, open(part, "a+b") as f:
-            f.truncate(start)
-            f.seek(0)
-            for block in iter(lambda: f.read(2**20), b""):
-                digest.update(block)
-            length = response.headers["Content-Length"]
-            announced = start + int(length) if length else None
-            with tqdm(initial=start, total=announced, desc=os.path.basename(path), unit="B", unit_scale=True, delay=1) as bar:
-                for block in iter(lambda: response.read(2**20), b""):
-                    f.write(block)
-                    digest.update(block)
-                    bar.update(len(block))
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, http.client.HTTPException, ValueError) as e:
-        why = f"HTTP {e.code} {e.reason}" if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", None) or e
-        raise DataError(f"{url} cannot be fetched ({why}); fetch it by hand, where there is a network, and put it at {path}"
-                        ) from None
-    got = os.path.getsize(part)
-    if announced is not None and got < announced:
-        raise DataError(f"{url} broke off after {got:,} of {announced:,} bytes; the same command again goes on")
-    if digest.hexdigest() != sha256 if sha256 else got != (size or announced):
-        os.remove(part)
-        expected = f"the sha256 {sha256}" if sha256 else f"{size or announced or 'a known number of'} bytes"
-        raise DataError(f"{url} gave {got:,} bytes with the sha256 {digest.hexdigest()} instead of {expected}; they are removed: "
-                        f"try again, or put the right file at {path}")
-    os.replace(part, path)
-    return path
-
-
-def _open_url(url, start):
-    """-> response, the byte that it begins with: 0 where the server sends whole files only, or has none so long."""
-    headers = {"User-Agent": "rlhf"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
-    except urllib.error.HTTPError as e:
-        if e.code == 416 and start:
-            return _open_url(url, 0)
-        raise
-    return response, start if response.status == 206 else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +111,12 @@ SYMBOLS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerat
 
 
 def gpt2_encoding(folder=None):
-    """GPT-2's encoding of 50,257 tokens from encoder.json (ids) and vocab.bpe (merges, in order) of a folder, else of the
-    cache, else downloaded there. Raises DataError where they are missing or do not belong together."""
-    encoder, merges = (os.path.join(folder, name) if folder else fetch("gpt2/" + name) for name in ("encoder.json", "vocab.bpe"))
+    """GPT-2's encoding of 50,257 tokens from encoder.json (ids) and vocab.bpe (merges, in order) of a folder, or what
+    save_vocabulary left there; else from the cache, else downloaded there. Raises DataError where they are missing or do not belong together."""
+    names = ("encoder.json", "vocab.bpe")
+    if folder and os.path.exists(os.path.join(folder, "vocab.json")):  # the same two as transformers names them, and save_vocabulary
+        names = ("vocab.json", "merges.txt")
+    encoder, merges = (os.path.join(folder, name) if folder else fetch("gpt2/" + name) for name in names)
     try:
         with open(encoder, encoding="utf-8") as f:
             ids = json.load(f)
@@ -286,8 +170,12 @@ TASKS = {
     "tldr": Task("SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # Stiennon
     "cnndm": Task("Article:\n{post}\n\nTL;DR:\n", "", 1919, 128, EOS, 0),  # Stiennon's supervised model
     "cnndm-transfer": Task("{post}\n\nTL;DR:", " ", 512, 48, EOS, 0),  # articles for a model that was trained on tldr
-    "sentiment": Task("{post}", "", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book
-    "descriptiveness": Task("{post}", "", 64, 24, ".", 16),
+    "sentiment": Task("{post}", " ", 64, 24, ".", 16),  # Ziegler: continue an excerpt of a book, which ends in '.'
+    "descriptiveness": Task("{post}", " ", 64, 24, ".", 16),
+}
+ZERO_SHOT = {  # of a language model that was trained for none of this (Stiennon): behind examples, and one line ends the summary
+    "zero-shot tldr": Task("Subreddit: r/{subreddit}\n\nTitle: {title}\n\n{post}\n\nTL;DR:", " ", 1999, 48, "\n", 0),
+    "zero-shot cnndm": Task("Article:\n\n{post}\n\nTL;DR:", " ", 1919, 128, "\n", 0),
 }
 LABEL_PAD = 50259  # what fills the arrays of Ziegler's label files, two beyond GPT-2's vocabulary
 MAX_TEXT = 200_000  # characters of one text; tiktoken fails on a million blanks in a row
@@ -296,7 +184,7 @@ MAX_TEXT = 200_000  # characters of one text; tiktoken fails on a million blanks
 # ---------------------------------------------------------------------------------------------------------------------
 # reading files: lines, JSON lines, CSV; what cannot be used is one sentence with file and line
 
-def _lines(path):
+def read_lines(path):
     """Yield (number, line) of a text file in UTF-8, plain or gzipped, with or without a byte order mark."""
     number = 0
     try:
@@ -321,7 +209,7 @@ def read_rows(path):
     if str(path).removesuffix(".gz").endswith(".csv"):
         yield from _csv_rows(path)
         return
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -334,7 +222,7 @@ def read_rows(path):
 
 def _csv_rows(path):
     csv.field_size_limit(MAX_TEXT)
-    table, header, number = csv.reader((line for _, line in _lines(path)), strict=True), None, 1
+    table, header, number = csv.reader((line for _, line in read_lines(path)), strict=True), None, 1
     try:
         for row in table:
             if header is None:
@@ -382,6 +270,7 @@ def _post(row, task, at):
     if row.get("article") is not None and row.get("post") is None:  # its beginning is cleaned as OpenAI does
         row["post"] = re.sub(r"\A.{0,95}\(CNN\)\s*(--\s*)?", "", _text(row, "article", at))
         del row["article"]
+        task = "cnndm-transfer" if task == "tldr" else task  # a model that was trained on posts meets an article
     task = _label(row, "task", at) or task
     if task not in TASKS:
         raise DataError(f"{at}: the task must be one of {', '.join(TASKS)}, found {task!r:.60}")
@@ -442,7 +331,7 @@ def comparisons_of(path, task="cnndm-transfer"):
         confidence = extra.get("confidence") if isinstance(extra, dict) else None
         if confidence is not None and (type(confidence) not in (int, float) or not abs(confidence) < 1000):
             raise DataError(f"{at}: 'extra.confidence' must be a number, found {confidence!r:.60}")
-        row["extra"] = {"confidence": confidence}
+        row["extra"] = {**(extra if isinstance(extra, dict) else {}), "confidence": confidence}
         a, b = (s["text"].strip() for s in summaries)
         yield at, row if usable and not tie and a and b and a != b else None
 
@@ -482,7 +371,7 @@ def load_labels(path, vocab=50257):
 
     Returns (labels, skipped): dicts query [ids], samples [[ids] * 4], best, all without PAD, which his model neither sees nor
     counts as a position; skipped counts the labels where a query or sample is empty. Raises DataError."""
-    text, decode = "".join(line for _, line in _lines(path)), json.JSONDecoder().raw_decode
+    text, decode = "".join(line for _, line in read_lines(path)), json.JSONDecoder().raw_decode
     at = text.find("[") + 1
     if text[:at].strip() != "[":
         raise DataError(f"{path}:1: expected a JSON array of labels")
@@ -515,7 +404,7 @@ def load_labels(path, vocab=50257):
 def load_sst2(path):
     """SST-2: a sentence, a tab, 0 (negative) or 1 on each line; GLUE's header may stand above. -> ([{text, label}], skipped)"""
     def rows():
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             text, tab, label = line.strip("\r\n").rpartition("\t")
             if (number, text, label) == (1, "sentence", "label") or not line.strip():
                 continue
@@ -533,73 +422,14 @@ def post_key(info):
 
 
 def save_json_lines(path, rows):
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the paper's choice among raw Reddit posts (Stiennon appendix A)
-
-SUBREDDITS = """relationships AskReddit relationship_advice tifu dating_advice personalfinance Advice legaladvice offmychest
-    loseit jobs self BreakUps askwomenadvice dogs running pettyrevenge needadvice travel Parenting weddingplanning Pets
-    Dogtraining cats AskDocs college GetMotivated books Cooking""".split()
-# The paper drops sensitive topics and profanity "by heuristics" that it does not print. These are ours, and narrow: in what
-# OpenAI released "fuck", "shit", "self harm", "porn" and "rape" still occur.
-SENSITIVE = re.compile(r"\b(suicid\w*|incest\w*|orgasm\w*|blow ?jobs?|creampies?|gang ?bang\w*)\b", re.I)
-PROFANE = re.compile(r"\b(cunts?|motherfuck\w*|cocksuck\w*|whores?|sluts?|fagg?ots?|nigg(er|a)s?)\b", re.I)
-EDIT = re.compile(r"\W*(edit|update)(ed|d|s)?\b", re.I)
-RULES = ["duplicate post", "not a top-level post", "other subreddit", "title begins with edit or update", "sensitive topic",
-         "post over 512 tokens", "summary begins with edit, update or P.S.", "profane summary", "summary under 24 tokens",
-         "summary over 48 tokens"]
-
-
-def filter_tldr(rows, enc, need_summary=True):
-    """-> posts, {rule: how many rows it was the first to drop}, rules in the paper's order.
-
-    rows: dicts with id, subreddit, title (a comment has none), post (or Webis' content), summary, as read_rows reads them;
-    they may stream. need_summary=False leaves out the rules on the summary: the paper's set of prompts for PPO."""
-    posts, dropped, seen = [], dict.fromkeys(RULES, 0), set()
-    for row in rows:
-        row = row | {"post": row.get("post") or row.get("content")}
-        post = {key: row[key] if isinstance(row.get(key), str) else "" for key in ("id", "subreddit", "title", "post", "summary")}
-        post["summary"] = re.sub(r"^\W*tl\W?dr[\s:;,.-]*", "", post["summary"], flags=re.I)
-        key = hashlib.sha256(post["post"].encode("utf-8", "replace")).digest()
-        rule = "duplicate post" if key in seen else _broken_rule(post, enc, need_summary)
-        seen.add(key)
-        if rule:
-            dropped[rule] += 1
-        else:
-            posts.append(post)
-    return posts, dropped
-
-
-def _broken_rule(post, enc, need_summary):
-    """The first of RULES that a post breaks, or None."""
-    body, title, summary = post["post"], post["title"], post["summary"]
-    if not body.strip() or not title.strip():
-        return "not a top-level post"
-    if post["subreddit"] not in SUBREDDITS:
-        return "other subreddit"
-    if EDIT.match(title):
-        return "title begins with edit or update"
-    if SENSITIVE.search(title) or SENSITIVE.search(body):
-        return "sensitive topic"
-    if len(body) > MAX_TEXT or len(enc.encode_ordinary(body)) > 512:
-        return "post over 512 tokens"
-    if not need_summary:
-        return None
-    if EDIT.match(summary) or re.match(r"\W*p\.? ?s\b", summary, re.I):
-        return "summary begins with edit, update or P.S."
-    if PROFANE.search(summary):
-        return "profane summary"
-    n = len(enc.encode_ordinary(summary[:MAX_TEXT]))
-    return "summary under 24 tokens" if n < 24 else "summary over 48 tokens" if n > 48 else None
+    write_atomic(path, (json.dumps(row) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # from text to token ids (Stiennon appendix B.1)
 
 def query_text(post):
-    return TASKS[post.get("task", "tldr")].query.format_map(post)
+    return (TASKS | ZERO_SHOT)[post.get("task", "tldr")].query.format_map(post)
 
 
 def encode_query(enc, post, Q):
@@ -632,9 +462,29 @@ def _most_characters(enc, post, Q):
     return len(body)
 
 
-def encode_response(enc, summary, R, task="tldr"):
-    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS."""
-    return enc.encode_ordinary(TASKS[task].lead + summary.strip())[:R - 1] + [enc.n_vocab - 1]
+def in_context_query(enc, post, examples, Q, most):
+    """Zero-shot query of at most Q tokens with as many examples (posts of its task, with their summaries) in front as fit into `most`
+    tokens in all. -> token ids, how many examples
+
+    An example that does not fit is passed over; the first one stands next to the post. Stiennon's code fills its context to the last
+    token and so begins amid an example; ours are whole."""
+    def zero_shot(post):
+        return {**post, "task": "zero-shot " + post.get("task", "tldr").removesuffix("-transfer")}
+    texts = [enc.decode(encode_query(enc, zero_shot(post), Q))]
+    for example in examples:
+        more = [query_text(zero_shot(example)) + " " + example["summary"].strip(), *texts]
+        if len(enc.encode_ordinary("\n\n=====\n\n".join(more))) <= most:
+            texts = more
+    return enc.encode_ordinary("\n\n=====\n\n".join(texts)), len(texts) - 1
+
+
+def encode_response(enc, summary, R, task="tldr", stop=None):
+    """Token ids of the summary behind the task's lead (' '), cut to R - 1, and EOS: R counts the EOS.
+
+    stop: (token, after) of another rule; a response that ends with '.' has no EOS, so that a reward model reads what PPO will show it.
+    Without a rule the task decides: what continues a text is followed by more text."""
+    ids, eos = enc.encode_ordinary(TASKS[task].lead + summary.strip()), enc.n_vocab - 1
+    return ids[:R - 1] + [eos] if (TASKS[task].stop == EOS if stop is None else stop[0] == eos) else ids[:R]
 
 
 def decode_response(enc, ids):
@@ -649,178 +499,3 @@ def pad_rows(rows, device="cpu"):
     for i, row in enumerate(rows):
         tokens[i, :len(row)] = torch.tensor(row)
     return tokens.to(device), lengths.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# books: any text, as rows of tokens and as excerpts to continue (Ziegler 2019; openai/lm-human-preferences)
-
-GUTENBERG_START = re.compile(r"\*+ ?START OF (THE|THIS) PROJECT GUTENBERG|\*+ ?END.{0,3}THE SMALL PRINT", re.I)
-GUTENBERG_END = re.compile(r"\*+ ?END OF (THE|THIS) PROJECT GUTENBERG|End of (The |This )?Project Gutenberg", re.I)
-
-
-def text_files(path):
-    """The .txt and .txt.gz files of a folder, sorted, or the one file that path is."""
-    if not os.path.isdir(path):
-        return [path]
-    names = sorted(name for name in os.listdir(path) if name.endswith((".txt", ".txt.gz")))
-    if not names:
-        raise DataError(f"{path} holds no .txt file")
-    return [os.path.join(path, name) for name in names]
-
-
-def book_text(path, size=2**16):
-    """Yield a text file in pieces of up to `size` characters: newlines as \\n, Project Gutenberg's header and footer left out.
-    Pieces are cut between a word and the blank or newline after it, where no token reaches across, so that the pieces' tokens
-    together are those of the whole text."""
-    lines = (line.replace("\r\n", "\n").replace("\r", "\n") for _, line in _lines(path))
-    head = list(itertools.islice(lines, 2000))
-    start = next((i + 1 for i, line in enumerate(head) if GUTENBERG_START.match(line)), 0)
-    parts, length = [], 0
-    for line in itertools.takewhile(lambda line: not GUTENBERG_END.match(line), itertools.chain(head[start:], lines)):
-        parts.append(line)
-        length += len(line)
-        if length > size:
-            text, at = "".join(parts), 0
-            while len(text) - at > size:
-                word = re.match(r"(?s).*\S(?=[ \n])", text[at:at + size])
-                yield text[at:at + (word.end() if word else size)]
-                at += word.end() if word else size
-            parts, length = [text[at:]], len(text) - at
-    yield "".join(parts)
-
-
-def text_rows(path, enc, T):
-    """Yield the tokens of a text file or a folder of them in rows of T; the last row of each file is shorter and ends in EOS."""
-    for file in text_files(path):
-        ids, count = [], 0
-        for more in _parallel(enc.encode_ordinary, book_text(file), 32):
-            ids += more
-            whole = len(ids) // T * T
-            yield from (ids[i:i + T] for i in range(0, whole, T))
-            ids, count = ids[whole:], count + len(more)
-        if not count:
-            raise DataError(f"{file} holds no text")
-        yield ids + [enc.n_vocab - 1]
-
-
-def excerpts(rows, enc, n, seed, task="sentiment", least=32):
-    """Up to n queries to continue, as posts, one from each of n rows of text_rows (T = 2Q is a good length), which are tried
-    in an order drawn from seed: what follows the row's first '.', cut to Q tokens, then after its last '.'; excerpts under
-    `least` tokens are passed over. (The paper: 32 to 64 tokens.)"""
-    (stop,), posts = enc.encode_ordinary("."), []
-    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
-        ids = rows[i]
-        ids = ids[ids.index(stop) + 1:][:TASKS[task].Q] if stop in ids else []
-        ids = ids[:len(ids) - ids[::-1].index(stop)] if stop in ids else []
-        text = enc.decode(ids)
-        if len(ids) >= least and enc.encode_ordinary(text) == ids:  # a token cut out of a word may read differently alone
-            posts.append({"id": f"row-{i}", "subreddit": "", "title": "", "post": text, "summary": "", "task": task})
-        if len(posts) == n:
-            break
-    return posts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# token storage: a large set is encoded once and then read where it is needed
-
-class TokenRows:
-    """Rows of token ids in a memory-mapped file, for wherever a list of lists of ids serves: rows[i] and rows[a:b] are lists.
-    take(indices or slice) and columns(n), which deals the rows out n at a time, are TokenRows again and read nothing yet."""
-
-    def __init__(self, tokens, starts, stops):
-        self.tokens, self.starts, self.stops = tokens, starts, stops
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, i):
-        return list(self.take(i)) if isinstance(i, slice) else self.tokens[self.starts[i]:self.stops[i]].tolist()
-
-    def take(self, which):
-        return TokenRows(self.tokens, self.starts[which], self.stops[which])
-
-    def columns(self, n):
-        return [self.take(slice(i, None, n)) for i in range(n)]
-
-
-def store_rows(folder, paths, enc, settings, rows):
-    """TokenRows of what the generator `rows` yields. The first time the ids go to folder/KEY.tokens (uint16) and the end of
-    each row to folder/KEY.ends.npy (int64); later `rows` is not even begun. KEY stands for the paths, their sizes and times of
-    change, the encoding, TASKS, and `settings`, which must name all else that the rows depend on.
-
-        queries, responses = store_rows(folder, [path], enc, ["tldr", Q, R], post_rows(path, enc, Q, R)).columns(2)"""
-    if enc.n_vocab > 2**16:
-        raise DataError(f"tokens are stored in 16 bits, an encoding of {enc.n_vocab} tokens is too large")
-    try:
-        sources = [[os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
-    except OSError as e:
-        raise DataError(f"{e.filename} cannot be read: {e.strerror}") from None
-    tokens = [enc.decode_single_token_bytes(i).hex() for i in range(enc.n_vocab - 1)]
-    key = hashlib.sha256(json.dumps([sources, tokens, TASKS, settings]).encode()).hexdigest()[:16]
-    file, ends_file = os.path.join(folder, f"{key}.tokens"), os.path.join(folder, f"{key}.ends.npy")
-    ends = _read_ends(file, ends_file)
-    if ends is None:
-        os.makedirs(folder, exist_ok=True)
-        ends = _write_rows(rows, file, ends_file)
-    tokens = np.asarray(np.memmap(file, np.uint16, "r")) if ends[-1] else np.zeros(0, np.uint16)
-    return TokenRows(tokens, ends[:-1], ends[1:])
-
-
-def _read_ends(file, ends_file):
-    """The ends of the rows, from 0 on, or None where the two files are not there, or not whole."""
-    try:
-        ends = np.load(ends_file, allow_pickle=False)
-        return ends if os.path.getsize(file) == 2 * ends[-1] else None
-    except (OSError, ValueError, EOFError, IndexError):
-        return None
-
-
-def _write_rows(rows, file, ends_file):
-    ends, temporary = array.array("q", [0]), f"{file}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb", buffering=2**20) as f:
-            for row in tqdm(rows, desc="encoding", unit="row", delay=2):
-                f.write(array.array("H", row).tobytes())
-                ends.append(ends[-1] + len(row))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-        with open(temporary, "wb") as f:
-            np.save(f, np.array(ends))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, ends_file)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return np.array(ends)
-
-
-def post_rows(path, enc, Q, R, task="tldr", need_summary=True):
-    """Yield query, response, query, response, ... of the posts of a file, as load_posts returns them."""
-    return _encoded(enc, Q, R, ((at, post, [post["summary"]]) for at, post in posts_of(path, task, need_summary) if post))
-
-
-def comparison_rows(path, enc, Q, R, task="cnndm-transfer"):
-    """Yield query, response 0, response 1, query, ... of the comparisons of a file, as load_comparisons returns them."""
-    rows = comparisons_of(path, task)
-    return _encoded(enc, Q, R, ((at, row["info"], [s["text"] for s in row["summaries"]]) for at, row in rows if row))
-
-
-def _encoded(enc, Q, R, rows):
-    """rows (file:line, post, summaries) -> ids of the query, ids of each summary, and so on with the next row."""
-    def encode(row):
-        at, post, summaries = row
-        try:
-            return [encode_query(enc, post, Q)] + [encode_response(enc, s, R, post.get("task", "tldr")) for s in summaries]
-        except DataError as e:
-            raise DataError(f"{at}: {e}") from None
-    return itertools.chain.from_iterable(_parallel(encode, rows, 1024))
-
-
-def _parallel(function, items, chunk):
-    """map on all cores, in order, with `chunk` items at a time in memory: tiktoken works outside the interpreter's lock."""
-    items = iter(items)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while part := list(itertools.islice(items, chunk)):
-            yield from pool.map(function, part)

@@ -4,12 +4,17 @@ Every measurement of the papers' result sections that the pipeline makes, and it
 References: Stiennon 2020 §4, appendices F and G; Ziegler 2019 §3; InstructGPT 2022 §4.
 
     python evaluation.py out/tiny-seed1        # measures again from the saved samples; no model is run
+    python evaluation.py out/tiny-seed1 --posts cnn.csv --task cnndm-transfer     # the policies on other posts, or on articles
+    python evaluation.py out/tiny-seed1 --comparisons batch22.json                # the reward model against other people's labels
+    python evaluation.py out/tiny-seed1 --axis tldraxis1.json                     # Likert scores: means and intervals
 
 Measuring is apart from sampling (sample_policies, the only part that runs models) and from drawing (draw_*).
 Every rate comes with its number of posts and a 95 % bootstrap interval over posts.
 """
 import csv
+import gzip
 import json
+import lzma
 import math
 import os
 import re
@@ -20,12 +25,13 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import DataError, decode_response, encode_query, encode_response, pad_rows, post_key, write_atomic
+from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
+                  load_posts, pad_rows, post_key, save_json_lines, write_atomic)
 from ppo import compare_policies, kl_estimates
-from reward import sample_responses, score_all, score_groups
-from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
+from reward import group_by_post, sample_responses, score_all, score_groups
+from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
-POLICIES = ["reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"]
+POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "best_of_n", "ppo"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +132,47 @@ def sentence_novelty(summary, source):
     return sum(s not in flat(source) for s in sentences) / max(1, len(sentences))
 
 
+def rouge(summaries, references):
+    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)} of as many summaries as references, by rouge-score.
+
+    Lower case, Porter's stemmer, letters a to z and digits only, as this field reports it (ROUGE-1.5.5 -m). rougeL takes the whole text
+    for one sentence: our highlights are joined by blanks, and then the summary-level rougeLsum is the same number."""
+    from rouge_score.rouge_scorer import RougeScorer  # nltk comes with it: slow to import, and not every run has use for it
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    pairs = tqdm(list(zip(summaries, references, strict=True)), desc="ROUGE", unit="text", leave=False, delay=2)
+    scores = [scorer.score(reference, summary) for summary, reference in pairs]
+    values = {name: [s[name].fmeasure for s in scores] for name in names}
+    return {name: (float(np.mean(f)), bootstrap_ci(f)) for name, f in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a language model of real text against gzip and xz
+
+def held_out_bits(model, run):
+    """Bits per byte of the run's held-out posts (query and summary) and held-out text, beside what gzip and xz make of the same text.
+
+    -> {"posts": {model, gzip, xz, bytes}, "text": the same, or absent}. The first token of each row is given, and its bytes are not
+    counted; that a post ends costs the model its bits too."""
+    queries, responses = (rows[:500] for rows in stored_posts(run, "valid"))
+    text, out = run_text(run), {}
+    parts = {"posts": [q + r for q, r in zip(queries, responses)]} | ({"text": list(text[1])[:500]} if text else {})
+    for name, rows in ((name, [row for row in rows if len(row) > 1]) for name, rows in parts.items()):
+        if rows:
+            tokens = sum(len(row) - 1 for row in rows)
+            nats = tokens * evaluate_lm(model, [row[:1] for row in rows], [row[1:] for row in rows], batch=16)
+            raw = b"".join(run.enc.decode_bytes([i for i in row[1:] if i != run.enc.n_vocab - 1]) for row in rows)
+            out[name] = {"model": nats / math.log(2) / len(raw), "gzip": 8 * len(gzip.compress(raw, 9)) / len(raw),
+                         "xz": 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw), "bytes": len(raw)}
+    return out
+
+
+def bits_text(bits):
+    """held_out_bits in sentences."""
+    return [f"Held-out {name} ({b['bytes']:,} bytes): {b['model']:.3f} bits per byte; gzip -9 {b['gzip']:.3f}, xz -9e {b['xz']:.3f}."
+            for name, b in bits.items()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the reward model against held-out comparisons
 
@@ -174,40 +221,78 @@ def measure_reward(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # the policies against the references
 
-def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of, generator):
-    """Every policy's summary of every post, with all that measuring needs. models: {"pretrained", "sft", "ppo"}.
+def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of, generator, stop=None, examples=()):
+    """Every policy's summary of every post, with all that measuring needs. models: {"pretrained", "sft", "ppo"}; best_of 0 leaves
+    best of n out; examples: posts for the zero-shot baseline, which is left out where one of the posts has room for none.
 
     -> one row per post: {"post": ..., "policies": {name: {"text", "length", "eos", "score", "kl"}}}"""
     queries, rows = [encode_query(enc, p, Q) for p in posts], [{"post": p, "policies": {}} for p in posts]
 
     def add(name, responses, kls=None):
-        for row, entry in zip(rows, entries(enc, reward_model, queries, responses, kls)):
+        for row, entry in zip(rows, entries(enc, reward_model, queries, responses, kls, stop)):
             row["policies"][name] = entry
 
-    add("reference", [encode_response(enc, p["summary"], R) for p in posts])
-    add("lead3", [encode_response(enc, lead3(p), reward_model.config.n_positions - Q) for p in posts])
+    def encoded(texts, most):
+        return [encode_response(enc, text, most, p.get("task", "tldr"), stop) for p, text in zip(posts, texts)]
+
+    add("reference", encoded([p["summary"] for p in posts], R))
+    story = posts[0].get("task") in world.STYLES
+    if not story:  # whose beginning is no continuation
+        add("lead3", encoded([lead3(p) for p in posts], reward_model.config.n_positions - Q))
+        for row in rows:  # what is scored is cut to the reward model's context, what is judged is not
+            row["policies"]["lead3"]["text"] = lead3(row["post"])
     for name in ("pretrained", "sft", "ppo"):
-        add(name, *greedy_and_kl(models[name], models["sft"], queries, R, temperature, generator))
-    many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of)
-    scores = score_all(reward_model, queries, many, best_of)
-    add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
-        [best_of_n_kl(best_of)] * len(posts))
+        add(name, *responses_and_kl(models[name], models["sft"], queries, R, temperature, generator, stop, greedy=not story))
+    in_context = [] if story else in_context_responses(enc, posts, examples, models["pretrained"], Q, R, generator)
+    if in_context:
+        add("in_context", encoded([text for text, _ in in_context], R))
+        for row, (_, ended) in zip(rows, in_context):
+            row["policies"]["in_context"]["eos"] = ended
+    if best_of:
+        many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of, stop=stop)
+        scores = score_all(reward_model, queries, many, best_of)
+        add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
+            [best_of_n_kl(best_of)] * len(posts))
     return rows
 
 
-def entries(enc, reward_model, queries, responses, kls=None):
+def in_context_responses(enc, posts, examples, model, Q, R, generator):
+    """Greedy zero-shot summaries behind examples, ended by a newline or EOS. -> [(text, whether it ended)], or None where the model's
+    context has no room for even one example in front of some post. (Stiennon's zero-shot baseline)"""
+    queries = []
+    for post in tqdm(posts if examples else [], desc="examples", unit="post", leave=False, delay=2):
+        query, n = in_context_query(enc, post, examples, Q, model.config.n_positions - R)
+        if n == 0:
+            return None
+        queries.append(query)
+    out, ends = [], (enc.encode_ordinary("\n")[0], enc.n_vocab - 1)
+    for ids in sample_responses(model, queries, R, 0, generator, stop=(ends[0], 0)) if queries else []:
+        length = next((t for t, token in enumerate(ids) if token in ends), len(ids))
+        out.append((decode_response(enc, ids[:length]), length < len(ids)))
+    return out or None
+
+
+def pick_examples(enc, posts, n=13):
+    """The first n posts whose summaries have 24 to 47 tokens. (Stiennon's code takes 13 posts, or 3 articles, of that length)"""
+    lengths = (len(encode_response(enc, p["summary"], 10**6, p.get("task", "tldr"))) - 1 for p in posts)
+    return [p for p, length in zip(posts, lengths) if 24 <= length <= 47][:n]
+
+
+def entries(enc, reward_model, queries, responses, kls=None, stop=None):
     """What is kept of each response: text, length, whether it ended, the reward model's score, KL."""
-    scores = score_all(reward_model, queries, responses).squeeze(1).tolist()
-    return [{"text": decode_response(enc, response), "length": len(response), "eos": response[-1] == enc.n_vocab - 1,
+    scores, (token, after) = score_all(reward_model, queries, responses).squeeze(1).tolist(), stop or (enc.n_vocab - 1, 0)
+    return [{"text": decode_response(enc, response), "length": len(response), "eos": response[-1] == token and len(response) > after,
              "score": score, "kl": None if kls is None else kls[i]} for i, (response, score) in enumerate(zip(responses, scores))]
 
 
-def greedy_and_kl(policy, sft, queries, R, temperature, generator):
-    """A policy's greedy responses, and the KL from SFT of one sample at the rollout temperature each."""
-    greedy = sample_responses(policy, queries, R, 0, generator)
+def responses_and_kl(policy, sft, queries, R, temperature, generator, stop=None, greedy=True):
+    """A policy's responses, and the KL from SFT of one sample at the rollout temperature each: it is the response too where that is not
+    greedy. (What continues a story is judged as a sample, as in Ziegler: there is no one right continuation.)"""
+    responses = sample_responses(policy, queries, R, 0 if greedy else temperature, generator, stop=stop)
     if policy is sft:
-        return greedy, [0.0] * len(queries)
-    return greedy, sampled_kl(policy, sft, queries, sample_responses(policy, queries, R, temperature, generator), temperature)
+        return responses, [0.0] * len(queries)
+    samples = sample_responses(policy, queries, R, temperature, generator, stop=stop) if greedy else responses
+    return responses, sampled_kl(policy, sft, queries, samples, temperature)
 
 
 def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
@@ -224,18 +309,25 @@ def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
 
 
 def measure_policies(rows):
-    """{policy: what report/results.json says of it}. Win rates are against the reference of the same post."""
+    """{policy: what report/results.json says of it}. Win rates are against the reference of the same post; *_sft against SFT's response."""
     out = {}
     gold_known = all("facts" in row["post"] for row in rows)
     for name in rows[0]["policies"]:
-        mine, ref = ([row["policies"][who] for row in rows] for who in (name, "reference"))
-        entry = {"gold_win_rate": None, "gold_win_rate_ci": None, "gold_win_rate_length_controlled": None, "gold_utility": None}
+        mine, ref, sft = ([row["policies"].get(who) for row in rows] for who in (name, "reference", "sft"))
+        entry = dict.fromkeys(["gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "gold_utility", "gold_win_rate_sft",
+                               "gold_win_rate_sft_ci"])
         if gold_known:
             u, v = (np.array([world.utility(row["post"], s["text"]) for row, s in zip(rows, side)]) for side in (mine, ref))
             w = wins(u, v)
             ratio = [math.log(a["length"] / b["length"]) for a, b in zip(mine, ref)]
-            entry = {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
+            entry |= {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
                      "gold_win_rate_length_controlled": length_controlled_win_rate(w, ratio), "gold_utility": float(u.mean())}
+            if sft[0] is not None:
+                w = wins(u, [world.utility(row["post"], s["text"]) for row, s in zip(rows, sft)])
+                entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
+        entry["rouge"] = None  # asked where no gold judge says more
+        if not gold_known and name != "reference" and all(row["post"].get("summary") for row in rows):
+            entry["rouge"] = rouge([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
         rm = wins([s["score"] for s in mine], [s["score"] for s in ref])
         kls = [s["kl"] for s in mine if s["kl"] is not None]
         out[name] = entry | {
@@ -251,8 +343,8 @@ def measure_policies(rows):
 # drawing and the report
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # Okabe and Ito: colour-blind safe
-LABELS = {"reference": "reference", "lead3": "lead-3", "pretrained": "pretrained\n(zero-shot)", "sft": "SFT",
-          "best_of_n": "best of n", "ppo": "PPO"}
+LABELS = {"reference": "reference", "lead3": "lead-3", "pretrained": "pretrained\n(zero-shot)",
+          "in_context": "pretrained\n(in context)", "sft": "SFT", "best_of_n": "best of n", "ppo": "PPO"}
 
 
 def new_figure(columns=1, rows=1, width=5.0, height=3.4):
@@ -297,6 +389,9 @@ def draw_training(folder, path):
     figure, (axes,) = new_figure(columns=3, width=4)
     for ax, (stage, label) in zip(axes, (("pretrained", "pretraining"), ("sft", "SFT"), ("reward", "reward model"))):
         rows = [r for r in read_metrics(os.path.join(folder, stage)) if "loss" in r]
+        if not rows:  # Ziegler has no SFT
+            ax.axis("off")
+            continue
         ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=BLUE, alpha=.3, lw=.8)
         window = max(1, len(rows) // 20)
         smooth = np.convolve([r["loss"] for r in rows], np.ones(window) / window, "valid")
@@ -308,7 +403,7 @@ def draw_training(folder, path):
 def draw_ppo(folder, path):
     """What to watch while PPO runs."""
     rows = read_metrics(os.path.join(folder, "ppo"))
-    curves = [("score", "reward model's score"), ("gold", "gold utility (key facts)"), ("kl", "KL to SFT (nats)"),
+    curves = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
               ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
               ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
     curves = [c for c in curves if rows[0].get(c[0]) is not None]
@@ -344,17 +439,24 @@ def show(value, form=".1%"):
     return "–" if value is None else format(value, form)
 
 
+def with_interval(mean_ci, form=".1%"):
+    return "–" if mean_ci is None else f"{mean_ci[0]:{form}} ({mean_ci[1][0]:{form}} – {mean_ci[1][1]:{form}})"
+
+
 def table_rows(policies):
-    """Header and rows of the table that the run ends with."""
-    header = ["policy", "gold win rate", "95 % interval", "equal length", "RM win rate", "gold utility", "RM score", "KL", "length", "no EOS"]
-    rows = []
+    """Header and rows of the table that the run ends with: by the gold judge, or where there is none ROUGE with 95 % intervals."""
+    gold = policies["reference"]["gold_win_rate"] is not None
+    header, rows = ["policy"], []
+    header += ["gold win rate", "95 % interval", "equal length", "RM win rate", "gold utility"] if gold else [
+        "ROUGE-1", "ROUGE-2", "ROUGE-L", "RM win rate"]
     for name in [n for n in POLICIES if n in policies]:
         p = policies[name]
-        ci = "–" if p["gold_win_rate_ci"] is None else "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"])
-        rows.append([LABELS[name].replace("\n", " "), show(p["gold_win_rate"]), ci, show(p["gold_win_rate_length_controlled"]),
-                     show(p["rm_win_rate"]), show(p["gold_utility"], ".2f"), show(p["rm_score"], ".2f"), show(p["kl"], ".1f"),
-                     show(p["length"], ".1f"), show(p["no_eos"])])
-    return header, rows
+        judged = [show(p["gold_win_rate"]), "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"]), show(p["gold_win_rate_length_controlled"]),
+                  show(p["rm_win_rate"]), show(p["gold_utility"], ".2f")] if gold else [
+            *(with_interval((p["rouge"] or {}).get(key)) for key in ("rouge1", "rouge2", "rougeL")), show(p["rm_win_rate"])]
+        rows.append([LABELS[name].replace("\n", " "), *judged, show(p["rm_score"], ".2f"), show(p["kl"], ".1f"), show(p["length"], ".1f"),
+                     show(p["no_eos"])])
+    return header + ["RM score", "KL", "length", "no EOS"], rows
 
 
 def print_table(header, rows):
@@ -363,15 +465,35 @@ def print_table(header, rows):
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
-def report_text(settings, seconds, reward, policies, samples):
+def over_sft(ppo):
+    return "against what it began as (SFT), PPO wins {:.1%} of the posts by the gold judge ({:.1%} – {:.1%})".format(
+        ppo["gold_win_rate_sft"], *ppo["gold_win_rate_sft_ci"])
+def save_table(folder, name, header, rows):
+    """-> path of the CSV in the run's report/"""
+    path = os.path.join(folder, "report", f"{name}.csv")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([header] + rows)
+    return path
+
+
+def report_text(settings, seconds, reward, policies, samples, bits=None):
     """report.md"""
     header, rows = table_rows(policies)
     n = policies["reference"]["n"]
     out = [f"# Report of a run: preset {settings['preset']}, seed {settings['seed']}", "",
-           f"Win rates are against the reference summary of the same held-out post ({n} posts, ties count one half), greedy decoding; "
-           "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature.", "",
+           f"Win rates are against the reference of the same held-out post ({n} posts, ties count one half), "
+           f"{'samples at the rollout temperature' if policies.get('lead3') is None else 'greedy decoding'}; "
+           "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature."
+           + (" ROUGE is F1 against the whole reference, by rouge-score with its stemmer; 95 % intervals." if "ROUGE-1" in header else "")
+           + ("" if "in_context" in policies or policies.get("lead3") is None else " The zero-shot baseline with examples in its context is "
+              "left out: in front of some post the language model's context has no room for one."),
+           *(["SFT is the language model itself: nothing was fine-tuned before PPO."] if not settings["settings"]["sft"]["epochs"] else []), "",
            "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     out += ["| " + " | ".join(row) + " |" for row in rows]
+    out += ["", over_sft(policies["ppo"])] if policies["ppo"]["gold_win_rate_sft"] is not None else []
+    if bits:
+        out += ["", "## Language model", "", *bits_text(bits)]
     out += ["", "![win rates](win_rates.png)", "", "## Reward model", "",
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
@@ -387,7 +509,7 @@ def report_text(settings, seconds, reward, policies, samples):
             "## Samples", "", "The first five held-out posts, not chosen."]
     for row in samples[:5]:
         post = row["post"]
-        out += ["", f"**r/{post['subreddit']}: {post['title']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
+        out += ["", f"**r/{post['subreddit']}: {post['title']}**" if post["title"] else f"**{post['id']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
         for name in [n for n in POLICIES if n in row["policies"]]:
             s = row["policies"][name]
             gold = f"; gold {world.utility(post, s['text']):.1f}" if "facts" in post else ""
@@ -433,20 +555,28 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     if os.path.exists(labelers):
         with open(labelers) as f:
             reward["labeler_agreement"] = json.load(f)
+    bits, held_out = None, os.path.join(folder, "pretrained", "held_out.json")  # written where the text is real
+    if os.path.exists(held_out):
+        with open(held_out) as f:
+            bits = json.load(f)
     seconds = dict(seconds or old.get("seconds", {}))
     seconds["total"] = sum(t for stage, t in seconds.items() if stage != "total")
     results = {"settings": {k: v for k, v in config.items() if k != "versions"}, "seconds": seconds,
-               "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward, "policies": policies}
+               "peak_rss_mb": peak_rss_mb or old.get("peak_rss_mb"), "reward_model": reward,
+               "policies": {name: policies.get(name) for name in POLICIES}}
+    if bits:
+        results["bits_per_byte"] = bits
     write_atomic(results_file, json.dumps(results, indent=1))
     draw_win_rates(policies, os.path.join(report, "win_rates.png"))
     draw_reward(reward, os.path.join(report, "reward.png"))
     draw_training(folder, os.path.join(report, "training.png"))
     draw_ppo(folder, os.path.join(report, "ppo.png"))
-    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples))
+    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples, bits))
     header, rows = table_rows(policies)
-    with open(os.path.join(report, "policies.csv"), "w", newline="") as f:
-        csv.writer(f).writerows([header] + rows)
+    save_table(folder, "policies", header, rows)
     print_table(header, rows)
+    if policies["ppo"]["gold_win_rate_sft"] is not None:
+        print(over_sft(policies["ppo"]))
     print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; ceiling {show(reward['labeler_ceiling'])}; "
           f"longer wins {reward['longer_wins']:.1%}")
     memory = "" if peak_rss_mb is None else f", peak memory {peak_rss_mb:.0f} MB"
@@ -454,29 +584,122 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
 
 
 def judge_policy(folder, policy_folder, device):
-    """The run's table with another policy in PPO's row: sampled, scored and judged on the run's held-out posts."""
-    run, device = open_run(folder), pick_device(device)
+    """The run's rows, as sample_policies gave them, with another policy in PPO's place: only that one is sampled and scored."""
+    run = open_run(folder)
     samples, temperature = read_samples(folder), run.config["settings"]["ppo"]["temperature"]
     policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
-    responses, kls = greedy_and_kl(policy, sft, queries, run.R, temperature, generator)
-    for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls)):
+    responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop, samples[0]["post"].get("task") not in world.STYLES)
+    for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
-    print(f"the row of PPO is the policy in {policy_folder}")
-    print_table(*table_rows(measure_policies(samples)))
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on other people's files
+
+def stem(file):
+    return os.path.basename(file).split(".")[0]
+
+
+def show_table(folder, name, header, rows):
+    print_table(header, rows)
+    print(f"table in {save_table(folder, name, header, rows)}")
+
+
+def judge_posts(folder, file, task, device):
+    """Every policy on posts or articles that are not the run's own: table, report/FILE-TASK.csv, evaluation/FILE-TASK.jsonl.
+
+    (Stiennon §4.2: a model of TL;DRs transfers to CNN/DM, --task cnndm-transfer.)"""
+    run, (posts, skipped) = open_run(folder), load_posts(file, task)
+    for post in posts:
+        post.pop("facts", None)  # the gold judge speaks of its own world only
+    device = pick_device(device)
+    models = {name: load_model(os.path.join(folder, name), device) for name in ("pretrained", "sft", "ppo")}
+    examples = [p for p in run.posts["sft"] if p.get("task", "tldr") == task]  # of another task than the run's there are none
+    samples = sample_policies(run.enc, posts, models, load_model(os.path.join(folder, "reward"), device, "scalar"), run.Q, run.R,
+                              run.config["settings"]["ppo"]["temperature"], 0, torch.Generator().manual_seed(run.config["seed"]), run.stop,
+                              pick_examples(run.enc, examples))
+    os.makedirs(os.path.join(folder, "evaluation"), exist_ok=True)
+    save_json_lines(os.path.join(folder, "evaluation", f"{stem(file)}-{task}.jsonl"), samples)
+    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; ROUGE is F1, stemmed")
+    show_table(folder, f"{stem(file)}-{task}", *table_rows(measure_policies(samples)))
+
+
+def measure_axes(evaluations):
+    """{policy: {axis: {"mean", "ci", "n"}}} of load_axis's evaluations: 1 to 7, or the share of yes. Intervals draw whole posts."""
+    answers = defaultdict(lambda: defaultdict(list))
+    for row in evaluations:
+        for axis, answer in row["summary"]["axes"].items():
+            answers[row["summary"]["policy"] or "unknown"][axis].append((float(answer), post_key(row["info"])))
+    return {policy: {axis: {"mean": float(np.mean([x for x, _ in of])), "ci": bootstrap_ci(*zip(*of)), "n": len(of)}
+                     for axis, of in axes.items()} for policy, axes in sorted(answers.items())}
+
+
+def judge_axes(folder, file):
+    """Likert evaluations in OpenAI's format: table and report/FILE-axes.csv."""
+    open_run(folder)
+    evaluations, skipped = load_axis(file)
+    measured = measure_axes(evaluations)
+    names = sorted({axis for axes in measured.values() for axis in axes}, key=lambda axis: (axis != "overall", axis))
+    rows = [[policy, str(max(a["n"] for a in axes.values()))] + [with_interval((axes[name]["mean"], axes[name]["ci"]) if name in axes else None, ".2f")
+                                                               for name in names] for policy, axes in measured.items()]
+    print(f"{file}: {len(evaluations)} evaluations, {skipped} more skipped because a text or all answers are missing; intervals over posts")
+    show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
+
+
+def unseen_comparisons(comparisons, seen):
+    """Those of posts that no comparison in `seen` was trained on: neither the same id nor the same title and text."""
+    def keys(info):
+        return {post_key(info), info["title"] + "\n" + info["post"]}
+    trained = {key for c in seen if c.get("split") == "train" for key in keys(c["info"])}
+    return [c for c in comparisons if not keys(c["info"]) & trained]
+
+
+def judge_comparisons(folder, file, task, device):
+    """How far the run's reward model agrees with a file of human comparisons: table by confidence, report/FILE-agreement.csv."""
+    run, (every, _) = open_run(folder), load_comparisons(file, task)
+    comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0])
+    if not comparisons:
+        raise DataError(f"{file}: the run {folder} has trained its reward model on every post of these comparisons; take others")
+    for c in comparisons:
+        c["info"].pop("facts", None)
+    model = load_model(os.path.join(folder, "reward"), pick_device(device), "scalar")
+    margins = reward_margins(model, group_by_post(run.enc, comparisons, run.Q, run.R, run.stop), comparisons)
+    parts = {"all": margins} | {show(b["confidence"], ""): [r for r in margins if r["confidence"] == b["confidence"]]
+                                for b in measure_reward(margins)["by_confidence"]}
+    rows = [[label, str(m["n"]), with_interval((m["accuracy"], m["accuracy_ci"])), with_interval((m["longer_wins"], m["longer_wins_ci"]))]
+            for label, m in ((label, measure_reward(part)) for label, part in parts.items())]
+    print(f"{file}: {len(comparisons)} comparisons of {len({r['post'] for r in margins})} posts, {len(every) - len(comparisons)} more "
+          "left out because the reward model was trained on their posts; 95 % intervals over posts")
+    show_table(folder, f"{stem(file)}-agreement", ["confidence", "n", "reward model agrees", "longer wins"], rows)
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("--policy", help="judge this policy, such as ppo.py leaves, in place of the run's own; the report stays as it is")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--policy", help="judge this policy, such as ppo.py leaves, in place of the run's own; the report stays as it is")
+    what.add_argument("--posts", metavar="FILE", help="the run's policies on these posts, or articles, and their references")
+    what.add_argument("--comparisons", metavar="FILE", help="agreement of the run's reward model with these comparisons")
+    what.add_argument("--axis", metavar="FILE", help="means of these Likert evaluations, in OpenAI's axis_evals format")
+    parser.add_argument("--task", choices=["tldr", "cnndm", "cnndm-transfer"],
+                        help="format of --posts (default tldr) or of the articles in --comparisons (default cnndm-transfer)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args()
-    if args.policy is None:
-        write_report(args.run)
+    if args.policy is not None:
+        rows = judge_policy(args.run, args.policy, pick_device(args.device))
+        print(f"the row of PPO is the policy in {args.policy}")
+        print_table(*table_rows(measure_policies(rows)))
+    elif args.posts is not None:
+        judge_posts(args.run, args.posts, args.task or "tldr", args.device)
+    elif args.comparisons is not None:
+        judge_comparisons(args.run, args.comparisons, args.task or "cnndm-transfer", args.device)
+    elif args.axis is not None:
+        judge_axes(args.run, args.axis)
     else:
-        judge_policy(args.run, args.policy, args.device)
+        write_report(args.run)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ def measure_preference(lab):
             controlled = [length_controlled_win_rate(w, x) for w, x in zip(gold, ratio)]
             rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of("preferred", gold),
                          "equal_length": float(np.mean(controlled)), "equal_length_lowest": min(controlled),
-                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))), "posts": len(runs[0]), "seeds": len(runs)})
+                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))),
+                         "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"preference": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
 
 
@@ -241,7 +242,7 @@ def draw_axes(measured, path):
 def caption_axes(measured):
     rows, facts = {r["policy"]: r for r in measured["tables"]["axes"]}, measured["facts"]
     gain = {axis: rows["ppo"][axis] - rows["sft"][axis] for axis in AXES}
-    return (f"In the paper human feedback is ahead of supervised training on every axis, most of all on coverage. Ours: PPO over SFT by "
+    return ("In the paper human feedback is ahead of supervised training on every axis, most of all on coverage. Ours: PPO over SFT by "
             + ", ".join(f"{gain[axis]:+.2f} in {axis}" for axis in AXES)
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT {rows['sft']['overall_at_least_6_5']:.0%}, "
             f"reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: 45 %, 20 %, 23 %). The gold judge's marks, "

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from data import GPT2_FILES, fetch
+from download import GPT2_FILES, fetch
 
 try:
     import triton
@@ -68,12 +68,28 @@ def round_up(n, multiple):
 # attention: the specification
 
 def plain_attention(q, k, v):
-    """Causal attention, softmax(q kᵀ / √D + mask) v. q, k, v [B, H, T, D] -> [B, H, T, D]."""
+    """Causal attention, softmax(q kᵀ / √D + mask) v. k, v [B, H, S, D], q [B, H, T, D] -> [B, H, T, D]; the T <= S queries
+    are the last ones of the row."""
     B, H, T, D = q.shape
-    mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)  # column j > row i: the future
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    S = k.shape[2]
+    mask = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)  # keys behind a query: the future
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # one pass for scale, product and mask
     return (scores.softmax(-1) @ v).view(B, H, T, D)
+
+
+def attention_in_parts(q, k, v, most=2**20, strip=256):
+    """plain_attention on a CPU: a few rows at a time, so that their scores stay in the processor's cache (`most` of them), and of
+    long rows a strip of queries, whose product leaves out the keys behind its last query."""
+    H, T, S = q.shape[1], q.shape[2], k.shape[2]
+
+    def strips(q, k, v):
+        return torch.cat([plain_attention(part, k[:, :, :end], v[:, :, :end]) for part, end in
+                          zip(q.split(strip, 2), [*range(S - T + strip, S, strip), S])], 2)
+
+    rows = max(1, most // (H * T * S))
+    return torch.cat([strips(*part) if T > strip else plain_attention(*part)
+                      for part in zip(q.split(rows), k.split(rows), v.split(rows))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,10 +356,10 @@ def fused_attention_works(device_index, D):
 
 
 def attention(q, k, v):
-    """Causal attention [B, H, T, D]: the kernels on a GPU where they work, the specification everywhere else."""
+    """Causal attention [B, H, T, D]: the kernels on a GPU where they work, the specification everywhere else, on a CPU in parts."""
     if q.is_cuda and fused_attention_works(q.device.index, q.shape[-1]):
         return fused_attention(q, k, v)
-    return plain_attention(q, k, v)
+    return (attention_in_parts if q.device.type == "cpu" else plain_attention)(q, k, v)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,6 +409,37 @@ class Unembed(torch.autograd.Function):
         return (g @ w).float(), (g.T @ h).float(), None
 
 
+class LogPi(torch.autograd.Function):
+    """log softmax(h wᵀ / temperature)[y], [N], of hidden states h [N, d], embeddings w [V, d] and tokens y [N].
+
+    Of the logits z: d log π(y) / dz = 1[y] - π. They are made in chunks of rows, [n, V]; the backward pass makes those of more than
+    one chunk again, so that [N, V] in float32 never exists at once."""
+
+    @staticmethod
+    def forward(ctx, h, w, y, temperature, dtype, rows):
+        ctx.save_for_backward(h, w, y)
+        ctx.temperature, ctx.dtype, ctx.rows, ctx.kept = temperature, dtype, rows, None
+        out = []
+        for h, y in zip(h.split(rows), y.split(rows)):
+            log_pi = F.log_softmax(logits(h, w, dtype).div_(temperature), -1)
+            out.append(log_pi.gather(1, y[:, None]).squeeze(1))
+        if len(out) == 1 and any(ctx.needs_input_grad):
+            ctx.kept = log_pi
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, g):
+        h, w, y = ctx.saved_tensors
+        g, dw, dh = g[:, None] / ctx.temperature, torch.zeros_like(w), []
+        for h, y, g in zip(h.split(ctx.rows), y.split(ctx.rows), g.split(ctx.rows)):
+            log_pi = F.log_softmax(logits(h, w, ctx.dtype).div_(ctx.temperature), -1) if ctx.kept is None else ctx.kept
+            ctx.kept = None  # written over
+            dz = log_pi.exp_().mul_(-g).scatter_add_(1, y[:, None], g).to(ctx.dtype)  # small numbers, which bear the rounding
+            dh.append((dz @ w.to(ctx.dtype)).float())
+            dw += dz.T @ h.to(ctx.dtype)
+        return torch.cat(dh), dw, None, None, None, None
+
+
 class Block(nn.Module):
     """x + attention(LN(x)), then x + MLP(LN(x)): pre-LN, tanh GELU."""
 
@@ -410,13 +457,15 @@ class Block(nn.Module):
     def mlp(self, x):
         return x + F.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")), self.dropout, self.training)
 
-    def forward(self, x, at=None):
-        """x [B, T, d] -> [B, T, d], or [N, d] at the flat positions `at` [N] alone: the last block's answer is read at few."""
+    def forward(self, x, rows=None, columns=None):
+        """x [B, T, d] -> [B, T, d], or [N, d] at (rows [N], columns [N]) alone: the last block's answer is read at few."""
         B, T, d = x.shape
         q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        a = attention(q, k, v).transpose(1, 2).reshape(B, T, d)
-        if at is not None:
-            x, a = x.flatten(0, 1)[at], a.flatten(0, 1)[at]
+        # the queries before the first column are left out where that costs no waiting for a GPU
+        first = int(columns.min()) // 16 * 16 if rows is not None and x.device.type == "cpu" else 0
+        a = attention(q[:, :, first:], k, v).transpose(1, 2).reshape(B, T - first, d)
+        if rows is not None:
+            x, a = x[rows, columns], a[rows, columns - first]
         return self.mlp(x + F.dropout(self.attn_proj(a), self.dropout, self.training))
 
     def branch(self, x, y, visible, at=None):
@@ -454,6 +503,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.score = nn.Linear(c.n_embd, 1) if head == "scalar" else None
         self.amp_dtype = torch.float32  # see choose_precision
+        self.chunk = max(1, 2**25 // c.vocab_size)  # rows of logits made at once, 128 MB in float32: 667 of 50,257 tokens
         self.recompute = False  # keep of each block its input alone and compute the rest again in the backward pass
         self.init_weights()
 
@@ -502,8 +552,10 @@ class GPT(nn.Module):
                 x = self.run(block, x)
             if rows is None:
                 return self.ln_f(self.run(self.blocks[-1], x)[:, :T].float())
-            at = rows * tokens.shape[1] + columns
-            x = self.run(self.blocks[-1], x, F.pad(at, (0, round_up(len(at), 128) - len(at))))[:len(at)]
+            N = len(rows)
+            fill = round_up(max(N, 1), 128) - N
+            rows, columns = F.pad(rows, (0, fill)), torch.cat([columns, columns[:1].expand(fill) if N else columns.new_zeros(fill)])
+            x = self.run(self.blocks[-1], x, rows, columns)[:N]
         return self.ln_f(x.float())
 
     def unembed(self, h):
@@ -515,10 +567,6 @@ class GPT(nn.Module):
     def forward(self, tokens):
         """tokens [B, T] -> logits [B, T, V]; column i predicts token i + 1."""
         return self.unembed(self.hidden(tokens))
-
-    def chunks(self, rows):
-        """Rows cut into parts whose float32 logits take 128 MB at most: of 50,257 tokens, 667 rows."""
-        return rows.split(max(1, 2**25 // self.config.vocab_size))
 
     def response_hidden(self, tokens, query_lengths, lengths, R):
         """The hidden states that predict response tokens, and where they belong.
@@ -535,16 +583,13 @@ class GPT(nn.Module):
     def logprobs(self, tokens, query_lengths, lengths, R, temperature=1.0):
         """log π(y_t | x, y_<t) at the sampling temperature, [B, R], exactly 0 behind each row's end."""
         h, targets, mask = self.response_hidden(tokens, query_lengths, lengths, R)
+        return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, self.log_pi(h, targets, temperature))
 
-        def log_pi(h, targets):
-            return -F.cross_entropy(self.unembed(h) / temperature, targets, reduction="none")
-
-        parts = list(zip(self.chunks(h), self.chunks(targets)))
-        if len(parts) == 1:
-            logp = log_pi(h, targets)
-        else:  # the backward pass computes the logits of a chunk again instead of keeping those of all
-            logp = torch.cat([checkpoint(log_pi, *part, use_reentrant=False) for part in parts])
-        return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logp)
+    def log_pi(self, h, targets, temperature=1.0):
+        """h [N, d] before each token, targets [N] -> log π(target) [N]"""
+        rows = F.pad(h, (0, 0, 0, round_up(len(h), 128) - len(h)))
+        targets = F.pad(targets, (0, len(rows) - len(h)))
+        return LogPi.apply(rows, self.wte.weight, targets, temperature, self.amp_dtype, self.chunk)[:len(h)]
 
     def scores(self, tokens, lengths):
         """Reward model: the scalar at each row's last token, which is its EOS (Stiennon: code, not text). -> [B]"""
@@ -565,8 +610,8 @@ class GPT(nn.Module):
             x = self.wte(queries) + self.wpe(torch.arange(Q, device=queries.device).clamp(max=self.config.n_positions - 1))
             y = self.wte(responses) + self.wpe(position.clamp(max=self.config.n_positions - 1))[:, None]
             for block in self.blocks[:-1]:
-                x, y = block.branch(x, y, visible)
-            _, y = self.blocks[-1].branch(x, y, visible, lengths - 1)
+                x, y = self.run(block.branch, x, y, visible)
+            _, y = self.run(self.blocks[-1].branch, x, y, visible, lengths - 1)
         return self.score(self.ln_f(y.float())).squeeze(-1)
 
     def values(self, tokens, query_lengths, lengths, R):
@@ -772,7 +817,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, head="lm"):
         """Load a folder in Hugging Face's GPT-2 layout, in float32; tensors of other dtypes are converted, those that GPT-2
         does not need (old causal masks, a copy of the tied head) ignored. "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl",
-        where no folder has that name, are OpenAI's weights, downloaded once (data.fetch).
+        where no folder has that name, are OpenAI's weights, downloaded once (download.fetch).
 
         head="scalar" on a language model keeps the trunk and draws a new scalar head (std 1/√(d+1)): how the reward model
         starts from the SFT model. Raises FileNotFoundError where there is no model, ValueError, in one sentence, where

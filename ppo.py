@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 import world
 from data import DataError, decode_response, encode_query, pad_rows, save_vocabulary, write_atomic
-from sft import (MetricsLog, alone, batches, check, encode_posts, load_model, load_state, make_optimizer, row_loss, run_main,
-                 save_state, set_lr, tf_adam_step)
+from sft import (MetricsLog, alone, backward_rows, batches, check, load_model, load_state, make_optimizer, run_main, sample,
+                 save_state, set_lr, stop_rule, stored_posts, tf_adam_step)
 
 
 @dataclass
 class PPOSettings:
-    lr: float = 3e-4  # learning rate of policy and value model, falling linearly to 0
+    lr: float = 3e-4  # peak learning rate of policy and value model
+    value_lr: float = 0.0  # that of a value model apart from the policy, 0: the same (InstructGPT 9e-6)
+    schedule: str = "linear"  # linear: the learning rates fall to 0 (Ziegler, Stiennon); constant (InstructGPT)
+    warmup: int = 0  # iterations over which they rise from a tenth (InstructGPT 10)
     iterations: int = 12  # rollouts
     batch: int = 64  # episodes per rollout
     minibatches: int = 2  # parts a rollout is cut into; one optimizer step each
@@ -40,7 +43,7 @@ class PPOSettings:
     beta: float = 0.05  # KL coefficient (Stiennon 0.05, InstructGPT 0.02); where an adaptive one starts (Ziegler 0.15)
     kl: str = "fixed"  # fixed or adaptive: how the KL coefficient goes on (Ziegler §2.2)
     kl_target: float = 6.0  # adaptive: the KL to the reference, in nats per response, that it steers to
-    kl_horizon: int = 10000  # adaptive: episodes over which it steers; Ziegler's is 1 % of theirs, here that would be 8
+    kl_horizon: int = 0  # adaptive: episodes over which it steers; 0: 1 % of the run's, as Ziegler's code, but a whole rollout at least
     kl_reward: str = "k1"  # k1: each token pays log π - log π_ref; exact: each state pays its KL over the whole vocabulary
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
@@ -59,9 +62,9 @@ class PPOSettings:
     adam_beta2: float = 0.95  # Adam's decay of squared gradients (InstructGPT 0.95, Ziegler 0.999)
     adam_eps: float = 1e-8  # Adam's ε (Ziegler 1e-5)
     tf_adam: bool = False  # ε where TensorFlow 1 adds it: smaller first steps (Ziegler's code)
-    micro: int = 0  # episodes per forward and backward pass, 0: a whole minibatch; the same gradient in less memory
+    micro: int = 0  # episodes (PPO-ptx: rows) per forward and backward pass, 0: a whole minibatch; the same gradient in less memory
     recompute: bool = False  # compute activations again in the backward pass: less memory, more time
-    max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart
+    max_grad_norm: float = 1.0  # gradient clipping, policy and value model apart; 0: none (Ziegler)
     snapshots: int = 0  # iterations between copies of the policy, which are kept in iteration-N/; 0 keeps none
 
     def validate(self):
@@ -69,16 +72,20 @@ class PPOSettings:
               "must be above 0")
         check(0 < self.minibatches <= self.batch, "minibatches must be between 1 and batch")
         check(self.micro >= 0 and self.value_coef >= 0, "micro and value_coef must not be negative")
-        check(self.max_grad_norm > 0 and self.snapshots >= 0, "max_grad_norm must be above 0 and snapshots not negative")
+        check(self.max_grad_norm >= 0 and self.snapshots >= 0, "max_grad_norm and snapshots must not be negative")
         check(self.beta >= 0, "beta must not be negative: a negative KL penalty rewards leaving the reference")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie between 0 and 1")
         check(self.clip > 0 and self.value_clip > 0, "clip and value_clip must be above 0")
         check(self.temperature > 0, "temperature must be above 0: PPO needs a policy that samples")
         check(self.kl in ("fixed", "adaptive"), "kl must be fixed or adaptive")
-        check(self.kl_target > 0 and self.kl_horizon > 0, "kl_target and kl_horizon must be above 0")
+        check(self.kl_target > 0, "kl_target must be above 0")
+        check(self.kl_horizon == 0 or self.kl_horizon > self.batch / 5, "kl_horizon must be above a fifth of batch, or 0: one rollout "
+              "could turn the KL coefficient negative")
         check(self.kl_reward in ("k1", "exact"), "kl_reward must be k1 or exact")
         check(not (self.kl_reward == "exact" and self.whiten_rewards), "whiten_rewards goes with kl_reward k1 only")
         check(self.value in ("separate", "scratch", "shared"), "value must be separate, scratch or shared")
+        check(self.value_lr == 0 or self.value_lr > 0 and self.value != "shared", "value_lr must not be negative, and 0 with value shared")
+        check(self.schedule in ("linear", "constant") and self.warmup >= 0, "schedule must be linear or constant, warmup not negative")
         check(self.truncate_after >= 0, "truncate_after must not be negative")
         check(self.ptx_coef >= 0 and self.ptx_ratio > 0, "ptx_coef must not be negative and ptx_ratio must be above 0")
         check(0 <= self.ema < 1 and 0 <= self.adam_beta2 < 1, "ema and adam_beta2 must be at least 0 and below 1")
@@ -197,18 +204,6 @@ class AdaptiveKL:
         self.beta *= 1 + error * n_episodes / self.horizon
 
 
-def truncate(tokens, query_lengths, R, stop, after):
-    """A response ends with its first `stop` at index `after` or later; stops before that do not count. (Ziegler's code)
-
-    tokens [B, T] with R sampled tokens behind each query -> tokens [B, T], 0 behind the end; lengths [B]; ended [B]"""
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    index = columns - query_lengths[:, None]  # within the response
-    stops = (tokens == stop) & (index >= after) & (index < R)
-    ended = stops.any(1)
-    lengths = torch.where(ended, stops.long().argmax(1) + 1, query_lengths + R)
-    return torch.where(columns < lengths[:, None], tokens, 0), lengths, ended
-
-
 @torch.no_grad()
 def move_average(average, model, decay):
     """θ̄ ← decay · θ̄ + (1 - decay) · θ, in place. (InstructGPT appendix C.4)"""
@@ -224,10 +219,9 @@ def ptx_backward(policy, pretraining, n, s, generator):
     (queries, responses, query_weight), total = pretraining, 0.0
     for _ in range(s.ptx_ratio):
         rows = torch.randint(len(queries), (n,), generator=generator).tolist()
-        loss = row_loss(policy, [queries[i] for i in rows], [responses[i] for i in rows], query_weight) / s.ptx_ratio
-        (s.ptx_coef * loss).backward()
-        total += loss.item()
-    return total
+        total += backward_rows(policy, [queries[i] for i in rows], [responses[i] for i in rows], query_weight, s.micro,
+                               s.ptx_coef / s.ptx_ratio)
+    return total / s.ptx_ratio
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +253,7 @@ def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temp
     h, targets, mask = policy.response_hidden(tokens, query_lengths, lengths, R)
     ref_h, _, _ = ref_policy.response_hidden(tokens, query_lengths, lengths, R)
     parts = []
-    for rows in policy.chunks(torch.arange(len(h), device=h.device)):  # [n, V], never [N, V]
+    for rows in torch.arange(len(h), device=h.device).split(policy.chunk):  # [n, V], never [N, V]
         logp, ref_logp = (F.log_softmax(model.unembed(x[rows]) / temperature, -1) for model, x in ((policy, h), (ref_policy, ref_h)))
         p, y = logp.exp(), targets[rows, None]
         parts.append(torch.stack([logp.gather(1, y).squeeze(1), ref_logp.gather(1, y).squeeze(1),
@@ -271,12 +265,10 @@ def compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R, temp
 
 @torch.no_grad()
 def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, generator, stop=None):
-    """Sample one response to each query and work out what each of its tokens was worth. stop: the token that ends one (EOS)."""
+    """Sample one response to each query and work out what each of its tokens was worth. stop: of stop_rule, None is EOS."""
     # 1. sample
-    stop = policy.config.eos if stop is None else stop
     tokens, query_lengths = pad_rows(queries, policy.device)
-    tokens, _, sampled = policy.generate(tokens, query_lengths, R, s.temperature, None if s.truncate_after else stop, generator)
-    tokens, lengths, ended = truncate(tokens, query_lengths, R, stop, s.truncate_after)
+    tokens, lengths, ended, sampled = sample(policy, tokens, query_lengths, R, s.temperature, stop, generator)
     tokens = tokens[:, :int(lengths.max())]
     # 2. log-probabilities under policy and reference, at the temperature of the samples
     logprobs, ref_logprobs, mask, kl, entropy = compare_policies(policy, ref_policy, tokens, query_lengths, lengths, R,
@@ -324,7 +316,7 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
                 loss = ptx_backward(policy, pretraining, len(minibatch), s, generator)
                 totals["ptx_loss"] = totals.get("ptx_loss", 0.0) + loss
             for model in {policy, value_model}:  # one and the same where the value head is shared
-                torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or float("inf"))
             tf_adam_step(optimizer, s.adam_eps) if s.tf_adam else optimizer.step()
             if average is not None:
                 move_average(average, policy, s.ema)
@@ -377,23 +369,23 @@ def prompt_plan(n, s, seed):
     return batches(n, s.batch, -(-s.iterations // max(1, n // s.batch)), seed)
 
 
-def stop_id(enc, text):
-    """The id of the token that ends a response; "" stands for EOS."""
-    ids = enc.encode_ordinary(text) if text else [enc.n_vocab - 1]
-    check(len(ids) == 1, f"ppo.stop_token {text!r} is {len(ids)} tokens of this vocabulary, it must be one")
-    return ids[0]
+def lr_share(iteration, s):
+    """Share of the peak learning rate: up from a tenth over `warmup` iterations (InstructGPT C.4), and constant or on a line down to 0."""
+    rise = 0.1 + 0.9 * iteration / s.warmup if iteration < s.warmup else 1.0
+    return rise * (1 - iteration / s.iterations if s.schedule == "linear" else 1.0)
 
 
-def check_stop(enc, s, R):
-    """Whether the truncation rule fits the vocabulary and the length of responses. -> the stop token's id"""
-    check(s.truncate_after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
-    return stop_id(enc, s.stop_token)
+def make_controller(s):
+    """What β does. Where the horizon is below a rollout, one iteration could move β by more than the 20 % of its clipped error."""
+    if s.kl == "fixed":
+        return FixedKL(s.beta)
+    return AdaptiveKL(s.beta, s.kl_target, s.kl_horizon or max(s.batch, s.iterations * s.batch // 100))
 
 
-def make_value_model(s, folder_of_run, policy, device):
+def make_value_model(s, sft_folder, reward_folder, policy, device):
     """The reward model (Stiennon, InstructGPT), the SFT model with a new head, or a head of zeros on the policy (Ziegler)."""
     if s.value != "shared":
-        return load_model(os.path.join(folder_of_run, "reward" if s.value == "separate" else "sft"), device, "scalar")
+        return load_model(reward_folder if s.value == "separate" else sft_folder, device, "scalar")
     policy.score = torch.nn.Linear(policy.config.n_embd, 1, device=device)
     torch.nn.init.zeros_(policy.score.weight)
     torch.nn.init.zeros_(policy.score.bias)
@@ -403,35 +395,48 @@ def make_value_model(s, folder_of_run, policy, device):
 def pretraining_rows(run, s):
     """What PPO-ptx draws from: the rows that the language model was pretrained on, and their weighting. None where it is off."""
     if s.ptx_coef:
-        return *encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R), run.config["settings"]["pretrain"]["query_weight"]
+        return *stored_posts(run, "pretrain"), run.config["settings"]["pretrain"]["query_weight"]
 
 
-def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5, pretraining=None):
-    """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used."""
-    stop = check_stop(enc, s, R)
+def prompts(run):
+    """The posts that PPO writes summaries of: a set of their own, or those of pretraining that belong to the task."""
+    own = os.path.exists(os.path.join(run.folder, "data", "prompts.jsonl"))
+    return run.posts["prompts"] if own else [p for p in run.posts["pretrain"]
+                                              if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
+
+
+def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_every=5, pretraining=None, reward="reward", until=None):
+    """The algorithm, on the models in a run's folder; the true utility of samples is logged where it is known, never used.
+
+    until: stop before this iteration, all schedules being those of the whole run; a copy of `folder` goes on from there, with another
+    reward model too (online collection in run.py)."""
+    stop = stop_rule(enc, s.stop_token, s.truncate_after, R)
+    until = until or s.iterations
     torch.manual_seed(seed)  # for the head of a value model from scratch
-    policy, ref_policy = (load_model(os.path.join(folder_of_run, "sft"), device) for _ in range(2))
-    reward_model = load_model(os.path.join(folder_of_run, "reward"), device, "scalar")
-    value_model = make_value_model(s, folder_of_run, policy, device)
+    sft_folder, reward_folder = (os.path.join(folder_of_run, name) for name in ("sft", reward))
+    policy, ref_policy = (load_model(sft_folder, device) for _ in range(2))
+    reward_model = load_model(reward_folder, device, "scalar")
+    value_model = make_value_model(s, sft_folder, reward_folder, policy, device)
     average = copy.deepcopy(policy) if s.ema else None
     trained = [policy] if value_model is policy else [policy, value_model]
     for model in trained:
         model.recompute = s.recompute
     saved = trained + [average] if s.ema else trained
-    queries = [encode_query(enc, post, Q) for post in posts]
-    plan = prompt_plan(len(queries), s, seed)
-    controller = AdaptiveKL(s.beta, s.kl_target, s.kl_horizon) if s.kl == "adaptive" else FixedKL(s.beta)
+    plan = prompt_plan(len(posts), s, seed)
+    controller = make_controller(s)
     optimizer, generator = make_optimizer(trained, s.lr, 0.0, s.adam_beta2, s.adam_eps), torch.Generator().manual_seed(seed)
     start, more = load_state(folder, saved, optimizer, generator)
     controller.beta = more.get("beta", controller.beta)
     log = MetricsLog(folder, start)
     samples = SampleLog(folder, start)
-    bar = tqdm(range(start, s.iterations), initial=start, total=s.iterations, desc="ppo", unit="iteration")
+    bar = tqdm(range(start, until), initial=start, total=until, desc="ppo", unit="iteration")
     for iteration in bar:
         began = time.time()
-        set_lr(optimizer, s.lr * (1 - iteration / s.iterations))
+        share = lr_share(iteration, s)
+        set_lr(optimizer, s.lr * share, (s.value_lr or s.lr) * share)
         rows = plan[iteration]
-        r = rollout(policy, ref_policy, reward_model, value_model, [queries[i] for i in rows], R, s, controller.beta, generator, stop)
+        queries = [encode_query(enc, posts[i], Q) for i in rows]
+        r = rollout(policy, ref_policy, reward_model, value_model, queries, R, s, controller.beta, generator, stop)
         k1, _, k3 = (k.mean().item() for k in kl_estimates(r.logprobs, r.ref_logprobs, r.mask))
         if iteration == 0 and r.kl.mean().item() > 1e-3:
             raise DataError(f"the policy starts {r.kl.mean().item():.2g} nats from its reference; both must be the SFT model")
@@ -444,14 +449,14 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
                   explained_variance=1 - masked_mean((r.values - r.returns) ** 2, r.mask).item() / max(spread, 1e-8),
                   gold=mean_utility([posts[i] for i in rows], texts),
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)
-        samples.write(iteration, [(enc.decode(queries[i]), t) for i, t in zip(rows, texts)], r.score.tolist(), r.kl.tolist())
+        samples.write(iteration, list(zip(map(enc.decode, queries), texts)), r.score.tolist(), r.kl.tolist())
         controller.update(k1, len(rows))  # for the next rollout
         if s.snapshots and (iteration + 1) % s.snapshots == 0:
             policy.save_pretrained(os.path.join(folder, f"iteration-{iteration + 1}"))
         bar.set_postfix(score=f"{r.score.mean().item():.2f}", kl=f"{r.kl.mean().item():.1f}")
-        if (iteration + 1) % save_every == 0 and iteration + 1 < s.iterations:
+        if (iteration + 1) % save_every == 0 and iteration + 1 < until:
             save_state(folder, iteration + 1, saved, optimizer, generator, beta=controller.beta)
-    save_state(folder, s.iterations, saved, optimizer, generator, beta=controller.beta)
+    save_state(folder, until, saved, optimizer, generator, beta=controller.beta)
     for part in (folder, os.path.join(folder, "value")):
         save_vocabulary(enc, part)
     value_model.save_pretrained(os.path.join(folder, "value"))
@@ -461,9 +466,9 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
 
 
 def main():
-    run, settings, out, device = alone(__doc__, "ppo", PPOSettings)
-    posts = [p for p in run.posts["pretrain"] if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, settings, out, run.seed, device,
+    run, settings, out, device = alone(__doc__, "ppo", PPOSettings,
+                                       lambda run, s: stop_rule(run.enc, s.stop_token, s.truncate_after, run.R))
+    train_ppo(run.folder, run.enc, prompts(run), run.Q, run.R, settings, out, run.seed, device,
               pretraining=pretraining_rows(run, settings))
     print(f"policy in {out}, curves in {os.path.join(out, 'metrics.jsonl')}")
 

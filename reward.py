@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from data import DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
-from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main,
+from corpus import parallel, store_rows
+from data import EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
+from sft import (MetricsLog, alone, batches, check, cosine, encode_posts, load_model, load_state, make_optimizer, run_main, sample,
                  save_state, set_lr)
 
 
@@ -36,13 +37,15 @@ class RewardSettings:
     warmup: int = 20  # steps of linear warm-up
     final_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices and embeddings
+    micro: int = 0  # posts per forward and backward pass, 0: the whole batch; the same gradient in less memory
+    recompute: bool = False  # compute activations again in the backward pass: less memory, more time
     loss: str = "pairwise"  # pairwise (Stiennon), best_of (Ziegler: needs choices of the best) or kwise (InstructGPT: needs rankings)
     group: bool = True  # a post's comparisons share a step; false shuffles them over the epoch (InstructGPT §3.5: that overfits)
     normalise: str = "reference"  # reference: references score 0 (Stiennon); gain_bias: policy samples have mean 0, variance 1 (Ziegler)
 
     def validate(self):
         check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
-        check(self.warmup >= 0 and self.weight_decay >= 0, "warmup and weight_decay must not be negative")
+        check(self.warmup >= 0 and self.weight_decay >= 0 and self.micro >= 0, "warmup, weight_decay and micro must not be negative")
         check(0 <= self.final_lr <= 1, "final_lr must lie between 0 and 1")
         check(self.loss in ("pairwise", "best_of", "kwise"), "loss must be pairwise, best_of or kwise")
         check(self.normalise in ("reference", "gain_bias"), "normalise must be reference or gain_bias")
@@ -54,8 +57,11 @@ class CollectSettings:
     posts: int = 1500  # posts whose summaries are compared for training
     pairs: int = 10  # comparisons per post, drawn from all pairs of its summaries
     held_out_posts: int = 500  # posts for testing the reward model
+    rounds: int = 1  # 1: all labels are on the first policies' samples (offline); more: the posts are dealt out over rounds (batched)
+    online: bool = False  # later rounds go on with PPO where the last one paused (Ziegler); false: each begins anew from SFT (Stiennon)
     labels: str = "pairs"  # what labelers give: pairs (Stiennon), best_of (Ziegler) or rank (InstructGPT); the last two see samples only
     k: int = 4  # samples per post; with pairs the author's reference comes on top (Ziegler 4, InstructGPT 4 to 9)
+    k_min: int = 0  # a labeler is shown k_min to k of them, drawn for each post; 0: all k
     tie: float = 0.0  # key facts: summaries that a labeler sees within about so much of each other share a rank
     noise: float = 0.95  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
     length_bias: float = 0.0  # key facts that a summary of e times the words is worth to the labelers
@@ -67,6 +73,9 @@ class CollectSettings:
         check(self.noise > 0 and self.tie >= 0, "noise must be above 0 and tie not negative")
         check(self.labels in ("pairs", "best_of", "rank"), "labels must be pairs, best_of or rank")
         check(self.k >= 2, "k must be at least 2: one sample cannot be compared")
+        check(self.k_min == 0 or 2 <= self.k_min <= self.k, "k_min must be 0 or lie between 2 and k")
+        check(1 <= self.rounds <= min(self.posts, self.held_out_posts), "rounds must be between 1 and posts and held_out_posts")
+        check(self.rounds > 1 or not self.online, "online needs rounds above 1: how many reward models there are while PPO runs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,15 +109,15 @@ def kwise_loss(scores, ranks):
 # collecting comparisons
 
 @torch.no_grad()
-def sample_responses(policy, queries, R, temperature, generator, n=1, batch=384):
-    """Lists of response ids, n per query in a row; queries are sorted by length for speed, the order is kept."""
-    eos, out = policy.config.eos, [None] * (len(queries) * n)
+def sample_responses(policy, queries, R, temperature, generator, n=1, batch=384, stop=None):
+    """Lists of response ids, n per query in a row; queries are sorted by length for speed, the order is kept. stop: as in sample()."""
+    out = [None] * (len(queries) * n)
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     size = max(1, batch // n)
     for i in tqdm(range(0, len(order), size), desc="sampling", unit="batch", leave=False):
         rows = order[i:i + size]
         tokens, lengths = pad_rows([queries[j] for j in rows], policy.device)
-        tokens, ends, _ = policy.generate(tokens, lengths, R, temperature, eos, generator, n)
+        tokens, ends, _, _ = sample(policy, tokens, lengths, R, temperature, stop, generator, n)
         tokens, ends = tokens.tolist(), ends.tolist()
         for k, j in enumerate(rows):
             for s in range(n):
@@ -145,28 +154,33 @@ def ask_all(labeler, post, candidates, labels, rng):
             yield candidates[i], candidates[j], int(ranks[j] < ranks[i]), None, worker
 
 
-def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="train", labels="pairs"):
+def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="train", labels="pairs", stop=None, k_min=0,
+            batch="round-1"):
     """Sample summaries of each post, ask the labeler about them, return comparisons in OpenAI's format.
 
     policies: list of (name, model, temperature, samples per post); with labels = "pairs" the author's reference takes part too.
     A ranking or a choice of the best is written as the pairs that it implies, in the same format: whatever reads comparisons reads
     them, and nothing is lost, since the rank of a summary is the number of comparisons that it lost (see ranks_of). So a post is
-    ranked once; ties have no row. Ziegler's own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
+    ranked once; ties have no row. Of a task whose texts go on, samples without an end are not shown, as in Ziegler's
+    collection, whose own files hold GPT-2's token ids, which mean nothing to another vocabulary."""
     queries = [encode_query(enc, post, Q) for post in posts]
     texts = [[("ref", post["summary"])] for post in posts]
     for name, model, temperature, n in policies:
-        samples = sample_responses(model, queries, R, temperature, generator, n)
+        samples = sample_responses(model, queries, R, temperature, generator, n, stop=stop)
         for i, ids in enumerate(samples):
-            texts[i // n].append((name, decode_response(enc, ids)))
+            if TASKS[posts[i // n].get("task", "tldr")].stop == EOS or ids[-1] == stop[0] and len(ids) > stop[1]:
+                texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
     for post, candidates in zip(posts, texts):
+        if k_min:
+            candidates = candidates[:1] + rng.sample(candidates[1:], rng.randint(k_min, len(candidates) - 1))
         answers = (ask_pairs(labeler, post, candidates, pairs, rng) if labels == "pairs" else
                    ask_all(labeler, post, candidates[1:], labels, rng))
         for a, b, choice, confidence, worker in answers:
             comparisons.append({
-                "info": {key: post[key] for key in ("id", "subreddit", "title", "post", "facts")},
+                "info": {key: post[key] for key in ("id", "task", "subreddit", "title", "post", "facts") if key in post},
                 "summaries": [{"text": " " + t, "policy": name} for name, t in (a, b)], "choice": choice,
-                "worker": worker, "batch": "round-0", "split": split, "extra": {"confidence": confidence}})
+                "worker": worker, "batch": batch, "split": split, "extra": {"confidence": confidence}})
     return comparisons
 
 
@@ -187,8 +201,8 @@ def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def group_by_post(enc, comparisons, Q, R):
-    """Comparisons -> one entry per post: {query: ids, responses: [ids], pairs: [(better, worse)], index: [comparison]}.
+def group_texts(comparisons):
+    """Comparisons -> one entry per post: {query: the post, responses: [text], pairs: [(better, worse)], index: [comparison]}.
     Each distinct summary of a post becomes one response."""
     posts = defaultdict(list)
     for i, c in enumerate(comparisons):
@@ -200,9 +214,50 @@ def group_by_post(enc, comparisons, Q, R):
             c = comparisons[i]
             a, b = (texts.setdefault(s["text"].strip(), len(texts)) for s in c["summaries"])
             pairs.append((a, b) if c["choice"] == 0 else (b, a))
-        groups.append({"query": encode_query(enc, comparisons[members[0]]["info"], Q), "pairs": pairs, "index": members,
-                       "responses": [encode_response(enc, text, R) for text in texts]})
+        groups.append({"query": comparisons[members[0]]["info"], "responses": list(texts), "pairs": pairs, "index": members})
     return groups
+
+
+def encode_group(enc, group, Q, R, stop=None):
+    """-> ids of the query, ids of each response"""
+    info = group["query"]
+    return [encode_query(enc, info, Q)] + [encode_response(enc, text, R, info.get("task", "tldr"), stop) for text in group["responses"]]
+
+
+def group_by_post(enc, comparisons, Q, R, stop=None):
+    """group_texts with token ids in place of the texts."""
+    groups = []
+    for group in group_texts(comparisons):
+        query, *responses = encode_group(enc, group, Q, R, stop)
+        groups.append({**group, "query": query, "responses": responses})
+    return groups
+
+
+class StoredGroups:
+    """group_by_post of a file of comparisons: encoded once into `folder`, mapped from there afterwards; an entry is read when it is asked
+    for. take(indices) is such a list again."""
+
+    def __init__(self, groups, rows, starts):
+        self.groups, self.rows, self.starts = groups, rows, starts
+
+    @classmethod
+    def of(cls, folder, path, enc, comparisons, Q, R, stop=None):
+        groups = group_texts(comparisons)
+        rows = itertools.chain.from_iterable(parallel(lambda group: encode_group(enc, group, Q, R, stop), groups, 1024))
+        starts = [0, *itertools.accumulate(1 + len(g["responses"]) for g in groups)][:-1]
+        return cls(groups, store_rows(folder, [path], enc, ["groups", Q, R, stop], rows), starts)
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        query, *responses = self.rows[self.starts[i]:self.starts[i] + 1 + len(self.groups[i]["responses"])]
+        return {**self.groups[i], "query": query, "responses": responses}
+
+    def take(self, which):
+        return StoredGroups([self.groups[i] for i in which], self.rows, [self.starts[i] for i in which])
 
 
 def score_responses(model, queries, responses):
@@ -265,19 +320,35 @@ def ungroup(groups):
             for g in groups for w, l in g["pairs"]]
 
 
-def split_comparisons(enc, path, Q, R):
+def split_comparisons(enc, path, Q, R, stop=None):
     """Read comparisons.jsonl -> (groups to train on, groups held out, the comparisons)."""
     comparisons, _ = load_comparisons(path)
-    groups = group_by_post(enc, comparisons, Q, R)
-    train, held_out = ([g for g in groups if comparisons[g["index"][0]].get("split") == split] for split in ("train", "valid"))
+    groups = StoredGroups.of(os.path.join(os.path.dirname(path), "tokens"), path, enc, comparisons, Q, R, stop)
+    train, held_out = (groups.take([i for i, g in enumerate(groups.groups) if comparisons[g["index"][0]].get("split") == split])
+                       for split in ("train", "valid"))
     if not train or not held_out:
         raise DataError(f"{path} leaves {len(train)} posts to train on and {len(held_out)} held out; each side needs one")
     return train, held_out, comparisons
 
 
+def backward_groups(model, part, loss, micro):
+    """The gradient of group_loss over these posts, `micro` of them at a time: each counts by what the loss is a mean of, pairs or posts.
+    -> the loss, the share of pairs that the model has right"""
+    weights = [len(g["pairs"]) if loss == "pairwise" else 1 for g in part]
+    size, total, right = micro or len(part), 0.0, 0
+    for i in range(0, len(part), size):
+        rows = part[i:i + size]
+        scores = score_responses(model, [g["query"] for g in rows], [g["responses"] for g in rows])
+        value = group_loss(scores, rows, loss) * (sum(weights[i:i + size]) / sum(weights))
+        value.backward()
+        chosen, rejected = score_pairs(scores.detach(), rows)
+        total, right = total + value.item(), right + (chosen > rejected).sum().item()
+    return total, right / sum(len(g["pairs"]) for g in part)
+
+
 def train_reward(model, groups, rows, settings, folder, seed, save_every=50):
     """Epochs of the loss, then the shift (with gain_bias also the scale) that normalises the scores of rows (queries, responses)."""
-    s = settings
+    s, model.recompute = settings, settings.recompute
     check_labels(groups, s.loss)
     entries = groups if s.group else ungroup(groups)
     plan = batches(len(entries), max(1, round(s.batch * len(entries) / len(groups))), s.epochs, seed)  # as many comparisons a step
@@ -289,13 +360,11 @@ def train_reward(model, groups, rows, settings, folder, seed, save_every=50):
     for step in tqdm(range(start, len(plan)), initial=start, total=len(plan), desc="reward", unit="step"):
         set_lr(optimizer, s.lr * cosine(step, len(plan), s.warmup, s.final_lr))
         part = [entries[i] for i in plan[step]]
-        scores = score_responses(model, [g["query"] for g in part], [g["responses"] for g in part])
-        loss, (chosen, rejected) = group_loss(scores, part, s.loss), score_pairs(scores.detach(), part)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, accuracy = backward_groups(model, part, s.loss, s.micro)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        log.write(step, loss=loss.item(), accuracy=(chosen > rejected).float().mean().item(), grad_norm=norm.item())
+        log.write(step, loss=loss, accuracy=accuracy, grad_norm=norm.item())
         if (step + 1) % save_every == 0 and step + 1 < len(plan):
             save_state(folder, step + 1, [model], optimizer, generator)
     normalise(model, *rows, gain=s.normalise == "gain_bias")
@@ -322,10 +391,10 @@ def normalise(model, queries, responses, gain):
 
 def normalising_rows(run, settings, device):
     """queries, responses whose scores train_reward normalises: references or, for gain_bias, the policy's samples of the same posts."""
-    queries, responses = encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R)
+    queries, responses = encode_posts(run.enc, run.posts["sft"][:500], run.Q, run.R, run.stop)
     if settings.normalise == "gain_bias":
         policy, temperature = load_model(os.path.join(run.folder, "sft"), device), run.config["settings"]["ppo"]["temperature"]
-        responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(run.seed))
+        responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(run.seed), stop=run.stop)
     return queries, responses
 
 
@@ -341,10 +410,11 @@ def score_all(model, queries, responses, n=1, batch=256):
 
 
 def main():
-    run, settings, out, device = alone(__doc__, "reward", RewardSettings)
+    def groups(run):
+        return split_comparisons(run.enc, os.path.join(run.folder, "comparisons.jsonl"), run.Q, run.R, run.stop)
+    run, settings, out, device = alone(__doc__, "reward", RewardSettings, lambda run, s: check_labels(groups(run)[0], s.loss))
     torch.manual_seed(run.seed)
-    model = load_model(os.path.join(run.folder, "sft"), device, "scalar")
-    train, held_out, _ = split_comparisons(run.enc, os.path.join(run.folder, "comparisons.jsonl"), run.Q, run.R)
+    model, (train, held_out, _) = load_model(os.path.join(run.folder, "sft"), device, "scalar"), groups(run)
     train_reward(model, train, normalising_rows(run, settings, device), settings, out, run.seed)
     with torch.no_grad():
         right = torch.cat([(chosen > rejected).float() for g in held_out for chosen, rejected in [score_groups(model, [g])]])

@@ -4,6 +4,7 @@ The whole of "learning to summarize from human feedback" in one command, offline
     python run.py                      # pretrain, SFT, comparisons, reward model, PPO, evaluation -> out/tiny-seed1/report
     python run.py --seed 2 --ppo.beta 0.1
     python run.py --posts posts.jsonl --comparisons comparisons.jsonl      # OpenAI's formats
+    python run.py summarize letter.txt # what has been trained summarizes a text of yours
     python run.py figures              # every figure of the papers, with error bars
 
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
@@ -24,16 +25,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import estimate
 import evaluation
+import real
 import world
-from data import (DataError, encode_query, encode_response, load_comparisons, load_posts, post_key, query_text,
-                  save_encoding, save_json_lines, save_vocabulary, train_bpe, write_atomic)
+from corpus import stored_text
+from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, save_encoding,
+                  save_json_lines, save_vocabulary, write_atomic)
 from model import GPT, GPTConfig, choose_precision
-from ppo import PPOSettings, check_stop, pretraining_rows, train_ppo
-from reward import (CollectSettings, RewardSettings, check_labels, collect, group_by_post, labeler_agreement, normalising_rows,
+from ppo import PPOSettings, pretraining_rows, prompts, train_ppo
+from reward import (CollectSettings, RewardSettings, check_labels, collect, group_texts, labeler_agreement, normalising_rows,
                     sample_responses, score_all, split_comparisons, train_reward)
-from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, load_model, open_run, override,
-                 pick_device, run_main, train_lm)
+from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, evaluate_lm, load_model, open_run,
+                 override, pick_device, run_main, sft_rows, split_rows, stop_rule, stored_posts, train_lm, truncate)
 
 
 @dataclass
@@ -44,6 +48,8 @@ class ModelSettings:
     n_embd: int = 128  # width d
     max_query: int = 128  # Q: a longer post is cut (Stiennon: 512)
     max_response: int = 48  # R, with EOS; 0 takes the 99th percentile of the summaries
+    vocab: str = ""  # folder with GPT-2's encoder.json and vocab.bpe, or gpt2 (downloads them); empty: init's own, else one is trained
+    init: str = ""  # weights that take the place of pretraining: a folder, gpt2, gpt2-medium, gpt2-large or gpt2-xl; their shape counts
 
     def validate(self):
         check(self.vocab_size > 257, "model.vocab_size must be above 257, the bytes and the end of text")
@@ -58,10 +64,13 @@ class PostSettings:
     pretrain: int = 16000  # unfiltered posts for the language model; PPO takes its prompts from them
     sft: int = 1600  # posts that fine-tuning takes, filtered to TL;DRs of 24 to 48 tokens
     test: int = 500  # held-out posts of the evaluation
+    task: str = "tldr"  # tldr, sentiment or descriptiveness (continuations: of stories, or of excerpts of --text); of files also cnndm
     world: str = "reddit"  # what the posts are about: reddit or news, the second world that takes the part of CNN/DM
     news: float = 0.0  # share of news among the pretraining posts, as a language model has read of more than its task
+    filter: bool = False  # posts of a file go through the paper's rules for raw Reddit data (Stiennon appendix A)
 
     def validate(self):
+        check(self.task in TASKS, f"data.task must be one of {', '.join(TASKS)}")
         check(min(self.pretrain, self.sft, self.test) > 0, "data.pretrain, data.sft and data.test must be above 0")
         check(self.world in world.WORLDS and 0 <= self.news <= 1, "data.world must be reddit or news, data.news between 0 and 1")
 
@@ -86,20 +95,79 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
+GPT3_1B = {  # what the 1.3B models of Stiennon and InstructGPT share; micro and recompute are ours, and change no gradient
+    "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "sft.weight_decay": 0.0, "sft.micro": 4,
+    "sft.recompute": True, "reward.batch": 64, "reward.weight_decay": 0.0, "reward.micro": 2, "reward.recompute": True, "ppo.batch": 512,
+    "ppo.micro": 4, "ppo.recompute": True}
+GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches from Ziegler's code for 124M
+    "model.max_query": 512, "model.max_response": 48, "data.pretrain": 10**6, "data.sft": 10**6, "sft.lr": 6.35e-5, "sft.batch": 128,
+    "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
+    "ppo.micro": 64}
+GPT2_STYLE = {  # Ziegler's code: best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on
+    "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.lr": 6.35e-5,
+    "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
+    "reward.final_lr": 0.0, "reward.warmup": 0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
+    "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.value": "shared", "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
+    "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
              "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3,
              "ppo.iterations": 8, "data.test": 100, "evaluation.best_of": 4},
+    # one paper each on the embedded world: its choices, with sizes and learning rates that fit a million parameters and five minutes
+    "stiennon": {"sft.weight_decay": 0.0, "reward.weight_decay": 0.0, "collect.rounds": 2},
+    "instructgpt": {
+        "data.sft": 512, "sft.epochs": 16, "sft.lr": 3e-4, "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1,
+        "sft.choose": "reward", "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.tie": 0.25, "collect.posts": 800,
+        "collect.held_out_posts": 300, "reward.loss": "kwise", "reward.weight_decay": 0.0, "ppo.lr": 3e-4, "ppo.value_lr": 5e-4,
+        "ppo.schedule": "constant", "ppo.warmup": 2, "ppo.iterations": 14, "ppo.epochs": 1, "ppo.minibatches": 8, "ppo.beta": 0.02,
+        "ppo.temperature": 1.0, "ppo.ptx_coef": 0.5, "ppo.ptx_ratio": 4, "ppo.ema": 0.9},
+    # the papers' own sizes, batches, learning rates and episodes, for real data; where a paper is silent, Ziegler's code
+    "ziegler-774m": {
+        "model.vocab_size": 50257, "model.n_layer": 36, "model.n_head": 20, "model.n_embd": 1280, "model.max_query": 64,
+        "model.max_response": 24, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
+        "reward.lr": 1.77e-5, "reward.batch": 8, "reward.warmup": 0, "reward.final_lr": 0.0, "reward.weight_decay": 0.0,
+        "ppo.lr": 1.41e-5, "ppo.iterations": 1953, "ppo.batch": 1024, "ppo.minibatches": 1, "ppo.beta": 0.15, "ppo.kl": "adaptive",
+        "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.value": "shared", "ppo.whiten_rewards": True, "ppo.stop_token": ".",
+        "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 1e9,
+        "ppo.micro": 32},
+    "stiennon-1.3b": {
+        **GPT3_1B, "model.max_query": 512, "model.max_response": 48, "data.pretrain": 287790, "data.sft": 116722, "sft.lr": 6.35e-5,
+        "sft.batch": 128, "reward.lr": 1.5e-5, "ppo.lr": 1.5e-5, "ppo.iterations": 1953, "ppo.minibatches": 1},
+    "instructgpt-1.3b": {
+        **GPT3_1B, "model.max_query": 1024, "model.max_response": 1024, "data.pretrain": 287790, "data.sft": 12725, "sft.lr": 9.65e-6,
+        "sft.batch": 32, "sft.epochs": 16, "sft.warmup": 0, "sft.dropout": 0.2, "sft.mix": 0.1, "sft.choose": "reward",
+        "collect.posts": 33207, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "reward.loss": "kwise", "reward.lr": 9e-6,
+        "reward.warmup": 0, "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10, "ppo.iterations": 500,
+        "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8, "ppo.ema": 0.992},
+    "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
+                "pretrain.query_weight": 1.0, "sft.epochs": 0,
+                "collect.posts": 5000, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
+                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1, "ppo.epochs": 4,
+                "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
+                "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
+                "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},
+    # real data: GPT-2 on the papers' tasks, and a small model from scratch on anybody's posts and text
+    "small-real": {"model.vocab_size": 4096, "model.n_embd": 192, "model.n_head": 6, "model.max_query": 320, "model.max_response": 64,
+                   "data.test": 300, "pretrain.epochs": 4, "pretrain.choose": "loss", "pretrain.query_weight": 1.0, "pretrain.batch": 12,
+                   "pretrain.lr": 2e-3, "sft.epochs": 2, "sft.choose": "loss", "sft.lr": 3e-4,
+                   "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3, "ppo.iterations": 10, "ppo.lr": 1e-4, "evaluation.best_of": 4},
+    "gpt2-tldr": {"model.init": "gpt2", **GPT2_TLDR},
+    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16, "reward.micro": 4, "ppo.batch": 256,
+                        "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
+    "gpt2-cnndm": {"model.init": "gpt2", **GPT2_TLDR, "data.task": "cnndm", "model.max_query": 500, "model.max_response": 75,
+                   "ppo.temperature": 0.5},  # Ziegler's lengths and temperature: Stiennon's 1919 tokens do not fit into GPT-2
+    "gpt2-sentiment": {"data.task": "sentiment", **GPT2_STYLE},
+    "gpt2-descriptiveness": {"data.task": "descriptiveness", **GPT2_STYLE},
     "test": {"model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2, "data.pretrain": 64, "data.sft": 40, "data.test": 12,
              "collect.posts": 16, "collect.held_out_posts": 8, "ppo.iterations": 2, "ppo.batch": 8, "evaluation.best_of": 2},
 }
 
 
-def preset(name):
-    """A fresh Settings of that preset, validated."""
+def preset(name, changes={}):
+    """A fresh Settings of that preset, with {stage.setting: value} changed, validated."""
     settings = Settings()
-    for key, value in PRESETS[name].items():
+    for key, value in {**PRESETS[name], **changes}.items():
         stage, setting = key.split(".")
         setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
     for part in vars(settings).values():
@@ -110,8 +178,14 @@ def preset(name):
 
 def check_together(s, real=False):
     """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
+    check(s.collect.rounds == 1 or not real, "collect.rounds must be 1 with --comparisons: people have labelled")
+    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "with collect.online, collect.rounds must not be above ppo.iterations")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
+    check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
+    check(real or TASKS[s.data.task].stop == EOS or s.ppo.stop_token, f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must "
+          "say what ends a response, as in the preset ziegler")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
@@ -122,115 +196,186 @@ def path(run, *parts):
     return os.path.join(run.folder, *parts)
 
 
+def of_round(run, file, k=None):
+    """Path of what every round leaves: reward/..., ppo/... and comparisons.jsonl, all labels so far. These are the last round's; an earlier
+    one's lie in reward/round-K/ and ppo/round-K/, its labels beside the reward model that was trained on them."""
+    k = k or run.round
+    if k == run.settings.collect.rounds:
+        return path(run, file)
+    folder, *rest = ("reward/" * (file == "comparisons.jsonl") + file).split("/")
+    return path(run, folder, f"round-{k}", *rest)
+
+
 def split_posts(run):
-    """The posts of every split, from the embedded world or from a file."""
+    """The posts of every split from the embedded world."""
     s = run.settings
-    if run.posts_file is None:
-        sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
-                 "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
-        surplus = {"sft", "valid", "test"}  # these will be filtered by length
-        posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
-                                        world.WORLDS[s.data.world]) for name, n in sizes.items()}
-        news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
-        posts["pretrain"][:len(news)] = news
-        return posts
-    posts, skipped = load_posts(run.posts_file)
-    print(f"{run.posts_file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
-    if len(posts) < 8:
-        raise DataError(f"{run.posts_file} has {len(posts)} usable posts; at least 8 are needed")
-    for post in posts:
-        post.pop("facts", None)  # the gold judge speaks of its own world only
-    random.Random(run.seed).shuffle(posts)
-    held = max(1, min(s.data.test, len(posts) // 8))
-    train = posts[2 * held:]
-    return {"test": posts[:held], "valid": posts[held:2 * held], "pretrain": train[:s.data.pretrain], "sft": train[:s.data.sft]}
+    if s.data.task not in world.TASK_WEIGHTS:
+        raise DataError(f"the embedded world has no {s.data.task}; name files with --posts and --comparisons")
+    sizes = {"pretrain": s.data.pretrain, "sft": s.data.sft, "valid": 300, "test": s.data.test,
+             "collect": s.collect.posts, "held_out": s.collect.held_out_posts}
+    surplus = {"sft", "valid", "test"}  # these will be filtered by length
+    posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
+                                    world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
+    news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
+    posts["pretrain"][:len(news)] = news
+    return posts
+
+
+def filter_splits(run):
+    """-> encoding, the posts of every split: supervised training and evaluation take the filtered TL;DRs only, as the papers do."""
+    s, splits = run.settings, split_posts(run)
+    enc = real.vocabulary(s.model, [real.text_of(p) for p in splits["pretrain"][:5000]])
+    for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
+        fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))] if s.data.task == "tldr" else \
+               end_stories(enc, splits[name], s.model.max_response)
+        splits[name] = fits[:n]
+    return enc, splits
+
+
+def end_stories(enc, stories, R):
+    """Stories whose own continuation ends where a response of the task may, cut there: the references. (Ziegler's rule for samples)"""
+    task = TASKS[stories[0]["task"]]
+    R = R or task.R
+    tokens, _ = pad_rows([encode_response(enc, p["summary"], R, p["task"]) for p in stories])
+    tokens, lengths, ended = truncate(tokens, torch.zeros(len(stories), dtype=torch.long), R, *stop_rule(enc, task.stop, task.earliest, R))
+    return [{**p, "summary": decode_response(enc, row[:n].tolist())} for p, row, n, ok in zip(stories, tokens, lengths, ended) if ok]
 
 
 def stage_data(run):
-    """Posts of every split, the tokenizer trained on them, query and response lengths Q and R."""
-    s, splits = run.settings, split_posts(run)
-    enc = train_bpe([query_text(p) + " " + p["summary"] for p in splits["pretrain"][:5000]], s.model.vocab_size)
-    if run.posts_file is None:  # supervised training and evaluation take the filtered TL;DRs only, as the papers do
-        for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
-            fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))]
-            splits[name] = fits[:n]
-    lengths = [len(encode_response(enc, p["summary"], 10**6)) for p in splits["sft"]]
+    """Posts of every split, the vocabulary, query and response lengths Q and R."""
+    s = run.settings
+    make = filter_splits if not run.real else real.split_excerpts if s.data.task in real.CONTINUATIONS else real.split_posts
+    enc, splits = make(run)
+    lengths = [len(encode_response(enc, p["summary"], 10**6, p.get("task", "tldr"))) for p in splits["sft"][:5000]]
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
-    Q = max(len(encode_query(enc, p, s.model.max_query)) for posts in splits.values() for p in posts)
-    check_stop(enc, s.ppo, R)  # what later stages would refuse is refused before any work
-    if run.comparisons_file is not None:
-        check_labels(group_by_post(enc, load_comparisons(run.comparisons_file)[0], Q, R), s.reward.loss)
+    stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
+    model_config(s.model, enc, s.model.max_query, R)
+    groups = group_texts(real.read_comparisons(run, enc)) if run.real else None
+    check_labels(groups or [], s.reward.loss)
     os.makedirs(path(run, "data"), exist_ok=True)
-    save_encoding(enc, path(run, "tokenizer.json"))
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
+    rows = {name: split_rows(run.folder, name, enc, s.model.max_query, R) for name in splits}
+    Q = int(max((part.stops - part.starts)[::2].max() for part in rows.values()))  # as long as the longest query, at most max_query
+    check_fit(run, enc, Q, R, rows, groups)
+    save_encoding(enc, path(run, "tokenizer.json"))
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
     print(f"{', '.join(f'{len(posts)} {name}' for name, posts in splits.items())} posts; {enc.n_vocab} tokens; "
           f"queries up to Q = {Q}, responses up to R = {R} tokens")
 
 
+def check_fit(run, enc, Q, R, rows, groups):
+    """Say what this run will take, and refuse it where that is more memory than there is."""
+    s, sizes = run.settings, {name: int((rows[name].stops - rows[name].starts).sum()) for name in ("pretrain", "sft")}
+    if run.files["text"]:
+        text = stored_text(path(run, "tokens"), run.files["text"], enc, Q + R)
+        sizes["pretrain"] += int((text.stops - text.starts).sum())
+    sizes["query"] = float((rows["sft"].stops - rows["sft"].starts)[::2].mean())
+    sizes["groups"] = s.collect.posts if groups is None else len(groups)
+    sizes["responses"] = s.collect.posts * (s.collect.k + 1) if groups is None else sum(len(g["responses"]) for g in groups)
+    estimate.check_resources(s, model_config(s.model, enc, Q, R), Q, R, sizes, run.device, bool(s.model.init))
+
+
+def model_config(m, enc, Q, R):
+    """The shape of the language model: of the weights that are given, else of the settings."""
+    if m.init:
+        return real.check_init(m.init, enc, Q, R)
+    return GPTConfig(enc.n_vocab, Q + max(R, 96), m.n_layer, m.n_head, m.n_embd, enc.n_vocab - 1)
+
+
 def stage_pretrain(run):
-    """A language model on unfiltered text: it stands for GPT-2."""
+    """A language model: trained on unfiltered text, where it stands for GPT-2, or GPT-2 itself."""
     torch.manual_seed(run.seed)
-    m = run.settings.model
-    model = GPT(GPTConfig(run.enc.n_vocab, run.Q + max(run.R, 96), m.n_layer, m.n_head, m.n_embd, run.enc.n_vocab - 1))
-    model = model.to(run.device)
-    model.amp_dtype = choose_precision(run.device)[0]
+    m, valid = run.settings.model, encode_posts(run.enc, run.posts["valid"], run.Q, run.R)
     save_vocabulary(run.enc, path(run, "pretrained"))
-    loss = train_lm(model, encode_posts(run.enc, run.posts["pretrain"], run.Q, run.R),
-                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.pretrain, path(run, "pretrained"),
-                    run.seed, name="pretrain")
+    if m.init:
+        model = load_model(m.init, run.device)
+        model.save_pretrained(path(run, "pretrained"))
+        loss = evaluate_lm(model, *valid)
+    else:
+        model = GPT(model_config(m, run.enc, run.Q, run.R)).to(run.device)
+        model.amp_dtype = choose_precision(run.device)[0]
+        loss = train_lm(model, stored_posts(run, "pretrain"), valid, run.settings.pretrain, path(run, "pretrained"), run.seed, name="pretrain")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out loss {loss:.3f} nats per summary token")
+    if run.real:
+        measured = evaluation.held_out_bits(model, run)
+        write_atomic(path(run, "pretrained", "held_out.json"), json.dumps(measured))
+        print("\n".join(evaluation.bits_text(measured)))
 
 
 def stage_sft(run):
     """Supervised fine-tuning on the filtered summaries."""
     save_vocabulary(run.enc, path(run, "sft"))
-    loss = train_lm(load_model(path(run, "pretrained"), run.device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
-                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), run.settings.sft, path(run, "sft"), run.seed)
+    s = run.settings.sft
+    loss = train_lm(load_model(path(run, "pretrained"), run.device), sft_rows(run, s),
+                    encode_posts(run.enc, run.posts["valid"], run.Q, run.R), s, path(run, "sft"), run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token")
+
+
+def label_share(k, s):
+    """The share of the posts that is labelled when round k of s.rounds trains its reward model, the last one on all.
+
+    Batched: as many in each round. Online: Ziegler's schedule, l(t) = l_0 + (1 - l_0) (1 - (1 - t)²) at t of the way to the last reward
+    model: most labels early. We know no l_0 of theirs and take one round's share."""
+    if not s.online or k == 0:
+        return k / s.rounds
+    first = 1 / s.rounds
+    return first + (1 - first) * (1 - (1 - (k - 1) / (s.rounds - 1)) ** 2)
+
+
+def mixture(run):
+    """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and SFT."""
+    k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
+    if run.round == 1 and not run.settings.sft.epochs:  # all from the policy as PPO will sample it (Ziegler §2.1)
+        policies = [("initial", sft, run.settings.ppo.temperature, k)]
+    elif run.round == 1:
+        part, pretrained = k // 4, load_model(path(run, "pretrained"), run.device)
+        policies = [("sft-0.3", sft, 0.3, part), ("sft-0.5", sft, 0.5, k - 2 * part), ("pretrained-0.5", pretrained, 0.5, part)]
+    else:
+        latest, temperature = load_model(of_round(run, "ppo", run.round - 1), run.device), run.settings.ppo.temperature
+        policies = [(f"ppo-{run.round - 1}-{temperature}", latest, temperature, k - k // 2), ("sft-0.5", sft, 0.5, k // 2)]
+    return [policy for policy in policies if policy[3]]
 
 
 def stage_collect(run):
     """Comparisons, from the labelers of the embedded world or from a file of human ones."""
-    s, rng = run.settings.collect, random.Random(f"collect-{run.seed}")
-    if run.comparisons_file is None:
-        labeler = world.Labeler(noise=s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, tie=s.tie, seed=run.seed)
-        sft, pretrained = (load_model(path(run, name), run.device) for name in ("sft", "pretrained"))
-        quarter = s.k // 4
-        mixture = [("sft-0.3", sft, 0.3, quarter), ("sft-0.5", sft, 0.5, s.k - 2 * quarter), ("pretrained-0.5", pretrained, 0.5, quarter)]
-        mixture = [policy for policy in mixture if policy[3]]
-        comparisons = []
+    s, name = run.settings.collect, f"{run.seed}-{run.round}" if run.round > 1 else str(run.seed)
+    rng = random.Random(f"collect-{name}")
+    if not run.real:
+        labeler = world.Labeler(run.settings.data.task, s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped,
+                                tie=s.tie, seed=run.seed)
+        comparisons, policies = [], mixture(run)
+        if run.round > 1:
+            labeler.rng = random.Random(f"labeler-{name}")  # the same people, other mistakes
+            comparisons = load_comparisons(of_round(run, "comparisons.jsonl", run.round - 1))[0]
         for split, posts in (("train", run.posts["collect"][:s.posts]), ("valid", run.posts["held_out"][:s.held_out_posts])):
-            comparisons += collect(run.enc, posts, mixture, labeler, s.pairs, run.Q, run.R,
-                                   torch.Generator().manual_seed(run.seed), rng, split, s.labels)
-        agreement = labeler_agreement(labeler, comparisons)
+            begin, end = (round(label_share(k, s) * len(posts)) for k in (run.round - 1, run.round))
+            comparisons += collect(run.enc, posts[begin:end], policies, labeler, s.pairs, run.Q, run.R,
+                                   torch.Generator().manual_seed(run.seed + 10**6 * (run.round - 1)), rng, split, s.labels, run.stop,
+                                   s.k_min, f"round-{run.round}")
+        agreement = labeler_agreement(labeler, comparisons, policies[len(policies) // 2][0])
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
-            print(f"on {agreement['pairs']} pairs of SFT samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
+            print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
                   f"with each other {agreement['between_labelers']:.1%}")
     else:
-        comparisons, skipped = load_comparisons(run.comparisons_file)
-        print(f"{run.comparisons_file}: {len(comparisons)} comparisons, {skipped} more skipped because a text is empty")
-        keys = sorted({post_key(c["info"]) for c in comparisons})
-        rng.shuffle(keys)  # several comparisons share a post: split by post, never by row
-        held_out = set(keys[:max(1, len(keys) // 5)])
-        for c in comparisons:
-            c["split"] = "valid" if post_key(c["info"]) in held_out else "train"
-            c["info"].pop("facts", None)
-    save_json_lines(path(run, "comparisons.jsonl"), comparisons)
-    print(f"{len(comparisons)} comparisons in {path(run, 'comparisons.jsonl')}")
+        comparisons = real.read_comparisons(run, run.enc)
+        real.split_comparisons_by_post(comparisons, run.posts["test"] + run.posts["valid"], rng)
+    os.makedirs(os.path.dirname(of_round(run, "comparisons.jsonl")), exist_ok=True)
+    save_json_lines(of_round(run, "comparisons.jsonl"), comparisons)
+    print(f"{len(comparisons)} comparisons in {of_round(run, 'comparisons.jsonl')}")
 
 
 def stage_reward(run):
     """The reward model, and how often it agrees with labelers on posts it has not seen."""
     torch.manual_seed(run.seed)
-    save_vocabulary(run.enc, path(run, "reward"))
+    folder = of_round(run, "reward")
+    save_vocabulary(run.enc, folder)
     model = load_model(path(run, "sft"), run.device, "scalar")
-    train, held_out, comparisons = split_comparisons(run.enc, path(run, "comparisons.jsonl"), run.Q, run.R)
-    train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, path(run, "reward"), run.seed)
+    train, held_out, comparisons = split_comparisons(run.enc, of_round(run, "comparisons.jsonl"), run.Q, run.R, run.stop)
+    train_reward(model, train, normalising_rows(run, run.settings.reward, run.device), run.settings.reward, folder, run.seed)
     rows = evaluation.reward_margins(model, held_out, comparisons)
-    save_json_lines(path(run, "reward", "held_out.jsonl"), rows)
+    save_json_lines(os.path.join(folder, "held_out.jsonl"), rows)
     m = evaluation.measure_reward(rows)
     ceiling = "" if m["labeler_ceiling"] is None else f", the noise-free judge {m['labeler_ceiling']:.1%}"
     print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{ceiling}, 'longer wins' {m['longer_wins']:.1%}")
@@ -242,10 +387,10 @@ def choose_sft(run):
     A reward model starts from an SFT model whose samples were compared. Both are therefore made with the checkpoint of the lowest
     held-out loss, which takes the part of the paper's earlier SFT model, and PPO begins with the one chosen here."""
     scores, queries = {}, [encode_query(run.enc, p, run.Q) for p in run.posts["valid"]]
-    reward_model = load_model(path(run, "reward"), run.device, "scalar")
+    reward_model = load_model(of_round(run, "reward"), run.device, "scalar")
     for epoch in range(1, run.settings.sft.epochs + 1):
         policy, generator = load_model(epoch_folder(path(run, "sft"), epoch), run.device), torch.Generator().manual_seed(run.seed)
-        responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator)
+        responses = sample_responses(policy, queries, run.R, run.settings.ppo.temperature, generator, stop=run.stop)
         scores[epoch] = score_all(reward_model, queries, responses).mean().item()
     chosen = max(scores, key=scores.get)
     load_model(epoch_folder(path(run, "sft"), chosen), run.device).save_pretrained(path(run, "sft"))
@@ -258,17 +403,28 @@ def stage_ppo(run):
     """PPO against the reward model."""
     if run.settings.sft.choose == "reward" and not os.path.exists(path(run, "sft", "chosen.json")):
         choose_sft(run)
-    posts = [p for p in run.posts["pretrain"] if world.in_task(p, run.settings.data.world)]
-    train_ppo(run.folder, run.enc, posts, run.Q, run.R, run.settings.ppo, path(run, "ppo"), run.seed, run.device,
-              pretraining=pretraining_rows(run, run.settings.ppo))
+    s, folder = run.settings, of_round(run, "ppo")
+    until = round(s.ppo.iterations * run.round / s.collect.rounds) if s.collect.online else s.ppo.iterations
+    if s.collect.online and run.round > 1 and not os.path.exists(os.path.join(folder, "state.pt")):
+        os.makedirs(folder, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl", "state.pt"):  # PPO goes on from the last of them
+            target = os.path.join(folder, name)
+            shutil.copy2(os.path.join(of_round(run, "ppo", run.round - 1), name), target + ".part")
+            os.replace(target + ".part", target)
+    train_ppo(run.folder, run.enc, prompts(run), run.Q, run.R, s.ppo, folder, run.seed, run.device,
+              pretraining=pretraining_rows(run, s.ppo), reward=os.path.relpath(of_round(run, "reward"), run.folder), until=until)
 
 
 def stage_evaluation(run):
     """Summaries of held-out posts by every policy."""
-    models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
-    rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
-                                      run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
-                                      torch.Generator().manual_seed(run.seed))
+    if run.config.get("base") is not None and same_but_policy(run.config["base"], run.config):
+        rows = evaluation.judge_policy(run.config["base"], path(run, "ppo"), run.device)
+    else:
+        models = {name: load_model(path(run, name), run.device) for name in ("pretrained", "sft", "ppo")}
+        rows = evaluation.sample_policies(run.enc, run.posts["test"], models, load_model(path(run, "reward"), run.device, "scalar"),
+                                          run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
+                                          torch.Generator().manual_seed(run.seed), run.stop,
+                                          evaluation.pick_examples(run.enc, run.posts["sft"]))
     os.makedirs(path(run, "evaluation"), exist_ok=True)
     save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
 
@@ -282,8 +438,6 @@ STAGES = [  # what it is, the file it ends with, the function
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
-
-COMMANDS = {"figures": "figures"}  # `python run.py NAME ...` -> the module whose main(argv) takes the rest
 
 
 def open_folder(out, config):
@@ -324,8 +478,13 @@ def same_stages(base, old, new):
     a, b = old.get("settings", {}), new["settings"]
     a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
     few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
-    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in ("posts", "comparisons")):
+    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in real.FILES):
         return []
+    differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
+    if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]):
+        a = {**a, "collect": None}  # what is labelled ends by this rule, and in later rounds PPO made it
+    if b["reward"]["normalise"] == "gain_bias" and "temperature" in differ:
+        a = {**a, "reward": None}
     if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
         a = a if all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo")) else {**a, "sft": None}
     names = []
@@ -338,19 +497,38 @@ def same_stages(base, old, new):
     return names
 
 
+def same_but_policy(base, config):
+    """Whether a run differs from the finished one in `base` in how PPO trains, no more: all other policies' samples are there already."""
+    old = open_run(base).config
+    as_base = {**config, "settings": {**config["settings"], "ppo": old["settings"]["ppo"]}}
+    sampling = [[c["settings"]["ppo"][key] for key in ("temperature", "stop_token", "truncate_after")] for c in (old, config)]
+    return (sampling[0] == sampling[1] and "reward" in same_stages(base, old, config)
+            and "evaluation" in same_stages(base, old, as_base))
+
+
 def share_stages(base, folder, config):
     """Copy from an earlier run what would come out the same. -> names of the stages"""
     names = same_stages(base, open_run(base).config, config)
     for part in (part for name in names for part in SHARED[name]):
         source, target = os.path.join(base, part), os.path.join(folder, part)
         if os.path.exists(source) and not os.path.exists(target):
-            if os.path.isdir(source):  # state.pt is for going on, and this has ended
-                shutil.copytree(source, target + ".part", ignore=shutil.ignore_patterns("state.pt"))
+            if os.path.isdir(source):  # a finished stage needs no state; an interrupted copy goes on
+                shutil.copytree(source, target + ".part", ignore=shutil.ignore_patterns("state.pt"), dirs_exist_ok=True)
             else:
                 shutil.copy2(source, target + ".part")
             os.replace(target + ".part", target)
     print(f"from {base}: {', '.join(names) or 'nothing, the settings of its first stage differ'}")
     return names
+
+
+def all_stages(run):
+    """STAGES, from the collection to PPO once per round -> (name, path of the file it ends with, function, round)"""
+    loop, last, out = [s for s in STAGES if s[0] in ("collect", "reward", "ppo")], run.settings.collect.rounds, []
+    for name, result, stage in STAGES:
+        if name == "collect":
+            out += [(f"{n}-{k}", of_round(run, r, k), f, k) for k in range(1, last) for n, r, f in loop]
+        out.append((name, path(run, result), stage, last))
+    return out
 
 
 def run_stages(run, until=None):
@@ -360,17 +538,17 @@ def run_stages(run, until=None):
     if os.path.exists(seconds_file):
         with open(seconds_file) as f:
             seconds = json.load(f)
-    worked = False
-    last = [name for name, _, _ in STAGES].index(until or STAGES[-1][0])
-    for number, (name, result, stage) in enumerate(STAGES[:last + 1], 1):
+    worked, stages = False, all_stages(run)
+    stages = stages[:[name for name, *_ in stages].index(until or STAGES[-1][0]) + 1]
+    for number, (name, result, stage, run.round) in enumerate(stages, 1):
         if name != "data" and not hasattr(run, "enc"):
             run.__dict__.update(open_run(run.folder).__dict__)
-        if os.path.exists(path(run, result)):
-            print(f"[{number}/{len(STAGES)}] {name}: done before, {path(run, result)}")
+        if os.path.exists(result):
+            print(f"[{number}/{len(stages)}] {name}: done before, {result}")
             continue
-        print(f"[{number}/{len(STAGES)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
+        print(f"[{number}/{len(stages)}] {name}: {stage.__doc__.split('.')[0].strip()}", flush=True)
         began, worked = time.time(), True
-        goes_on = os.path.exists(path(run, os.path.dirname(result), "state.pt"))
+        goes_on = os.path.exists(os.path.join(os.path.dirname(result), "state.pt"))
         try:
             stage(run)
         finally:  # an interrupted stage has cost its time too; one that begins anew begins at 0
@@ -388,19 +566,19 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=None, device="auto", until=None):
+def run_pipeline(settings, seed, out, name, base=None, device="auto", until=None, **files):
     """Every stage with these settings in the folder `out`, then the report; or the stages up to `until`, and no report.
 
-    base: a run's folder whose stages may be taken over."""
-    config = {"preset": name, "seed": seed, "posts": posts, "comparisons": comparisons, "base": base,
-              "settings": dataclasses.asdict(settings)}
+    base: a run's folder whose stages may be taken over; files: of real.FILES, in place of the embedded world."""
+    files = {key: files.get(key) for key in real.FILES}
+    config = {"preset": name, "seed": seed, **files, "base": base, "settings": dataclasses.asdict(settings)}
     if base is not None:
         open_run(base)  # refused before anything is made
     open_folder(out, config)
     if base is not None:
         share_stages(base, out, config)
-    run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), posts_file=posts,
-                          comparisons_file=comparisons)
+    run = SimpleNamespace(folder=out, settings=settings, seed=seed, device=pick_device(device), files=files,
+                          real=any(files.values()), config=config)
     try:
         seconds, worked = run_stages(run, until)
     except DataError:
@@ -408,38 +586,43 @@ def run_pipeline(settings, seed, out, name, base=None, posts=None, comparisons=N
             for file in ("config.json", "seconds.json"):
                 if os.path.exists(path(run, file)):
                     os.remove(path(run, file))
+            for folder in ("data", "tokens"):
+                shutil.rmtree(path(run, folder), ignore_errors=True)
         raise
     if until is None:
         evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
+COMMANDS = {name: name for name in ("ablations", "figures", "summarize")}  # python run.py COMMAND: the module whose main(argv) it is
+
+
 def main():
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS: return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
     parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything (default 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    parser.add_argument("--posts", help="JSON lines with subreddit, title, post, summary, instead of the embedded world")
-    parser.add_argument("--comparisons", help="human comparisons in OpenAI's format; goes with --posts")
+    for file, what in real.FILES.items():
+        parser.add_argument("--" + file.replace("_", "-"), nargs="+" if file == "text" else None, metavar="FILE", help=what)
+    for setting in ("data.task", "model.vocab", "model.init"):
+        parser.add_argument("--" + setting.split(".")[1], dest=setting, metavar="str", help=f"short for --{setting}")
     for stage, part in vars(Settings()).items():
         add_settings(parser, part, stage + ".")
+    parser.add_argument("--rounds", type=int, dest="collect.rounds", metavar="int", help="short for --collect.rounds")
     args = parser.parse_args()
-    if (args.posts is None) != (args.comparisons is None):
-        raise DataError("--posts and --comparisons go together: only the embedded world has labelers of its own")
-    if args.posts and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
-        raise DataError("--collect settings go with the labelers of the embedded world; with --comparisons people have labelled")
-    for file in (args.posts, args.comparisons):
-        if file and not os.path.isfile(file):
-            raise DataError(f"{file} does not exist")
-    name = args.preset or ("real" if args.posts else "tiny")
+    files = {name: getattr(args, name) for name in real.FILES}
+    name = args.preset or ("real" if any(files.values()) else "tiny")
     settings = preset(name)
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
-    check_together(settings, real=args.comparisons is not None)
-    run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.posts,
-                 args.comparisons, args.device)
+    real.check_files(files, settings.data.task)
+    if any(files.values()) and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
+        raise DataError("--collect settings go with the labelers of the embedded world; in files people have labelled")
+    check_together(settings, real=any(files.values()))
+    run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.device, **files)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ trains on the filtered posts of a run, starting from its pretrained model. The s
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from corpus import held_out_text, post_rows, store_rows, stored_text, text_files
 from data import (DataError, encode_query, encode_response, load_encoding, load_posts, pad_rows, save_vocabulary,
                   write_atomic)
 from model import GPT, choose_precision
@@ -33,7 +35,7 @@ from model import GPT, choose_precision
 class SFTSettings:
     lr: float = 1e-3  # peak learning rate
     batch: int = 32  # rows per step
-    epochs: int = 1  # passes over the posts
+    epochs: int = 1  # passes over the posts; 0 leaves the model as it is (Ziegler has no SFT)
     warmup: int = 20  # steps of linear warm-up
     final_lr: float = 0.1  # the cosine ends at this share of the peak
     weight_decay: float = 0.01  # on matrices and embeddings
@@ -41,14 +43,16 @@ class SFTSettings:
     micro: int = 0  # rows per forward and backward pass, 0: the whole batch; the same gradient in less memory
     recompute: bool = False  # compute activations again in the backward pass: less memory, more time
     dropout: float = 0.0  # residual dropout while training (InstructGPT 0.2)
+    mix: float = 0.0  # share of pretraining rows among those of fine-tuning (InstructGPT's start of PPO 0.1)
     choose: str = "last"  # the epoch whose weights are kept: last, loss (lowest held out) or reward (the reward model's; InstructGPT C.1)
 
     def validate(self):
-        check(self.lr > 0 and self.batch > 0 and self.epochs > 0, "lr, batch and epochs must be above 0")
+        check(self.lr > 0 and self.batch > 0 and self.epochs >= 0, "lr and batch must be above 0, epochs must not be negative")
         check(self.warmup >= 0 and self.weight_decay >= 0 and self.micro >= 0, "warmup, weight_decay and micro must not be negative")
         check(0 <= self.final_lr <= 1 and 0 <= self.query_weight <= 1, "final_lr and query_weight must lie between 0 and 1")
-        check(0 <= self.dropout < 1, "dropout must be at least 0 and below 1")
+        check(0 <= self.dropout < 1 and 0 <= self.mix < 1, "dropout and mix must be at least 0 and below 1")
         check(self.choose in ("last", "loss", "reward"), "choose must be last, loss or reward")
+        check(self.epochs > 0 or self.choose == "last", "with epochs 0 there is nothing to choose")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +60,11 @@ class SFTSettings:
 
 def lm_loss(logits, targets, weights):
     """Weighted mean of -log π(target). logits [N, V], targets [N], weights [N] -> scalar."""
-    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / weights.sum()
+    return weighted_mean(F.cross_entropy(logits, targets, reduction="none"), weights)
+
+
+def weighted_mean(x, weights):
+    return (weights * x).sum() / weights.sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,10 +78,12 @@ def check(ok, message):
 
 def make_optimizer(models, lr, weight_decay, beta2=0.95, eps=1e-8):
     """AdamW over one or several models; weight decay on matrices only."""
-    params = [p for model in models for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=params[0].device.type != "mps")
+    groups = []
+    for model in models:  # two groups each, see set_lr
+        params = [p for p in model.parameters() if p.requires_grad]
+        groups += [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=eps, fused=models[0].device.type != "mps")
 
 
 def tf_adam_step(optimizer, eps):
@@ -95,9 +105,10 @@ def cosine(step, steps, warmup, final):
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_lr(optimizer, *rates):
+    """One learning rate, or one for each model of make_optimizer."""
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = rates[i // 2 if len(rates) > 1 else 0]
 
 
 def save_state(folder, step, models, optimizer, generator, **more):
@@ -241,7 +252,7 @@ def pick_device(name):
 
 
 def open_run(folder):
-    """What run.py's first stage left in a run's folder: its config, tokenizer, lengths and posts by split."""
+    """What run.py's first stage left in a run's folder: its config, tokenizer, lengths, stop rule and posts by split."""
     try:
         with open(os.path.join(folder, "config.json")) as f:
             config = json.load(f)
@@ -251,16 +262,27 @@ def open_run(folder):
         raise DataError(f"{folder} is not the folder of a run; `python run.py --out {folder}` makes one") from None
     except ValueError as e:
         raise DataError(f"{folder}: config.json or data/lengths.json is damaged ({e})") from None
-    files = sorted(name for name in os.listdir(os.path.join(folder, "data")) if name.endswith(".jsonl"))
-    return SimpleNamespace(folder=folder, config=config, enc=load_encoding(os.path.join(folder, "tokenizer.json")),
-                           Q=lengths["Q"], R=lengths["R"],
-                           posts={name[:-6]: load_posts(os.path.join(folder, "data", name))[0] for name in files})
+    enc, s = load_encoding(os.path.join(folder, "tokenizer.json")), config["settings"]["ppo"]
+    return SimpleNamespace(folder=folder, config=config, enc=enc, Q=lengths["Q"], R=lengths["R"],
+                           stop=stop_rule(enc, s["stop_token"], s["truncate_after"], lengths["R"]),
+                           posts=Posts(os.path.join(folder, "data")))
 
 
-def alone(doc, stage, settings_class):
+class Posts(dict):
+    """{split: posts}, each split read when it is first asked for: of a large set most stages need little."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, split):
+        self[split] = load_posts(os.path.join(self.folder, split + ".jsonl"), need_summary=split != "prompts")[0]
+        return self[split]
+
+
+def alone(doc, stage, settings_class, refuse):
     """What `python sft.py`, `reward.py` and `ppo.py` share: a stage of a finished run once more, with other settings.
 
-    -> run, settings, folder for the result, device"""
+    refuse(run, settings) raises what would stop it later, before anything is written. -> run, settings, folder for the result, device"""
     parser = Parser(doc)
     parser.add_argument("run", help="folder of a run that run.py made")
     parser.add_argument("--out", help=f"where the result goes (default RUN/{stage}-alone)")
@@ -271,6 +293,7 @@ def alone(doc, stage, settings_class):
     run = open_run(args.run)
     run.seed = run.config["seed"] if args.seed is None else args.seed
     settings = override(settings_class(**run.config["settings"][stage]), args)
+    refuse(run, settings)
     out = args.out or os.path.join(args.run, f"{stage}-alone")
     if os.path.exists(os.path.join(out, "model.safetensors")):
         raise DataError(f"{out} already holds a trained model; name another folder with --out")
@@ -304,11 +327,79 @@ def load_model(folder, device, head="lm"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# where a response ends: with its first EOS, or by Ziegler's rule
+
+def stop_rule(enc, text, after, R):
+    """-> (token, after): what ends a response, and the index of the response before which it does not. text: of one token, "" is EOS."""
+    ids = enc.encode_ordinary(text) if text else [enc.n_vocab - 1]
+    check(len(ids) == 1, f"ppo.stop_token {text!r} is {len(ids)} tokens of this vocabulary, it must be one")
+    check(after < R, f"ppo.truncate_after must be below the {R} tokens of a response")
+    return ids[0], after
+
+
+def truncate(tokens, query_lengths, R, stop, after):
+    """A response ends with its first `stop` at index `after` or later; stops before that do not count. (Ziegler's code)
+
+    tokens [B, T] with R sampled tokens behind each query -> tokens [B, T], 0 behind the end; lengths [B]; ended [B]"""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    index = columns - query_lengths[:, None]  # within the response
+    stops = (tokens == stop) & (index >= after) & (index < R)
+    ended = stops.any(1)
+    lengths = torch.where(ended, stops.long().argmax(1) + 1, query_lengths + R)
+    return torch.where(columns < lengths[:, None], tokens, 0), lengths, ended
+
+
+def sample(policy, tokens, query_lengths, R, temperature, stop, generator, n=1):
+    """n responses to each query in a row, at most R tokens, ended by the rule. stop: of stop_rule, None is EOS wherever it stands.
+
+    -> tokens [B·n, T], lengths [B·n], ended [B·n], the sampler's own log-probabilities [B·n, R]"""
+    stop, after = stop or (policy.config.eos, 0)
+    tokens, _, logprobs = policy.generate(tokens, query_lengths, R, temperature, None if after else stop, generator, n)
+    return *truncate(tokens, query_lengths.repeat_interleave(n), R, stop, after), logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # training a language model on (query, response) rows: pretraining and supervised fine-tuning
 
-def encode_posts(enc, posts, Q, R):
+def encode_posts(enc, posts, Q, R, stop=None):
     """-> queries, responses: lists of token ids; the response is the author's summary."""
-    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R) for p in posts]
+    return [encode_query(enc, p, Q) for p in posts], [encode_response(enc, p["summary"], R, p.get("task", "tldr"), stop) for p in posts]
+
+
+def split_rows(folder, split, enc, most, R):
+    """Tokens of a split of the run in `folder`: query, response, query, ...; encoded once, mapped from there afterwards."""
+    file = os.path.join(folder, "data", split + ".jsonl")
+    return store_rows(os.path.join(folder, "tokens"), [file], enc, ["posts", most, R], post_rows(file, enc, most, R, need_summary=split != "prompts"))
+
+
+def run_text(run):
+    """The run's text in rows of Q + R tokens: TokenRows to train on, TokenRows to test on; None where it has none."""
+    if run.config.get("text"):
+        rows = stored_text(os.path.join(run.folder, "tokens"), run.config["text"], run.enc, run.Q + run.R)
+        return [rows.take(part) for part in held_out_text(rows)]
+
+
+def stored_posts(run, split):
+    """encode_posts of a split as TokenRows. What is pretrained on holds the run's text too: rows of it, as queries of one token and
+    responses of all others. -> queries, responses"""
+    rows = split_rows(run.folder, split, run.enc, run.config["settings"]["model"]["max_query"], run.R)
+    text = run_text(run) if split == "pretrain" else None
+    if text:
+        files = [file for path in run.config["text"] for file in text_files(path)]
+        both = itertools.chain(rows, (part for row in text[0] if len(row) > 1 for part in (row[:1], row[1:])))
+        rows = store_rows(os.path.join(run.folder, "tokens"), [os.path.join(run.folder, "data", "pretrain.jsonl"), *files], run.enc,
+                          ["posts and text", run.Q, run.R], both)
+    return rows.columns(2)
+
+
+def sft_posts(run, s):
+    """What fine-tuning trains on: its own posts, and as many of pretraining's that they are the share s.mix of all. (InstructGPT C.3)"""
+    return run.posts["sft"] + run.posts["pretrain"][:round(len(run.posts["sft"]) * s.mix / (1 - s.mix))]
+
+
+def sft_rows(run, s):
+    """sft_posts as rows: those of large sets, which mix nothing in, are stored."""
+    return encode_posts(run.enc, sft_posts(run, s), run.Q, run.R) if s.mix else stored_posts(run, "sft")
 
 
 def row_loss(model, queries, responses, query_weight):
@@ -318,28 +409,29 @@ def row_loss(model, queries, responses, query_weight):
     first = torch.ones_like(query_lengths) if query_weight else query_lengths  # the first column to be predicted
     h, targets, mask = model.response_hidden(tokens, first, lengths, int((lengths - first).max()))
     in_query = torch.arange(mask.shape[1], device=model.device) < (query_lengths - first)[:, None]
-    return lm_loss(model.unembed(h), targets, torch.where(in_query, query_weight, 1.0)[mask])
+    return weighted_mean(-model.log_pi(h, targets), torch.where(in_query, query_weight, 1.0)[mask])  # without all logits at once
 
 
-def backward_rows(model, queries, responses, s):
-    """The gradient of row_loss over all rows, s.micro of them at a time: each part counts by its tokens. -> the loss"""
-    tokens = [len(r) + s.query_weight * (len(q) - 1) for q, r in zip(queries, responses)]
-    size, total = s.micro or len(queries), 0.0
+def backward_rows(model, queries, responses, query_weight, micro=0, scale=1.0):
+    """The gradient of scale · row_loss over all rows, `micro` at a time: each part counts by its tokens. -> the loss, not scaled"""
+    tokens = [len(r) + query_weight * (len(q) - 1) for q, r in zip(queries, responses)]
+    size, total = micro or len(queries), 0.0
     for i in range(0, len(queries), size):
         part = slice(i, i + size)
-        loss = row_loss(model, queries[part], responses[part], s.query_weight) * (sum(tokens[part]) / sum(tokens))
-        loss.backward()
+        loss = row_loss(model, queries[part], responses[part], query_weight) * (sum(tokens[part]) / sum(tokens))
+        (scale * loss).backward()
         total += loss.item()
     return total
 
 
 @torch.no_grad()
-def evaluate_lm(model, queries, responses, batch=64):
-    """Mean of -log π per response token, in nats."""
+def evaluate_lm(model, queries, responses, query_weight=0.0, batch=64):
+    """Mean of -log π per token, in nats; a response token counts 1, a query token query_weight."""
     total, count = 0.0, 0
     for i in range(0, len(queries), batch):
-        n = sum(map(len, responses[i:i + batch]))
-        total += n * row_loss(model, queries[i:i + batch], responses[i:i + batch], 0.0).item()
+        part = queries[i:i + batch], responses[i:i + batch]
+        n = sum(len(r) + query_weight * (len(q) - 1) for q, r in zip(*part))
+        total += n * row_loss(model, *part, query_weight).item()
         count += n
     return total / count
 
@@ -375,7 +467,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
     s, model.recompute = settings, settings.recompute
     queries, responses = train
     plan = batches(len(queries), s.batch, s.epochs, seed, [len(q) + len(r) for q, r in zip(queries, responses)])
-    per_epoch = len(plan) // s.epochs
+    per_epoch = len(plan) // max(1, s.epochs)
     optimizer, generator = make_optimizer([model], s.lr, s.weight_decay), torch.Generator().manual_seed(seed)
     start, _ = load_state(folder, [model], optimizer, generator)
     log = MetricsLog(folder, start)
@@ -384,7 +476,7 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
         rows = plan[step]
         optimizer.zero_grad(set_to_none=True)
         with dropout(model, s.dropout, seed * 10**6 + step):  # the backward pass may compute the forward again
-            loss = backward_rows(model, [queries[i] for i in rows], [responses[i] for i in rows], s)
+            loss = backward_rows(model, [queries[i] for i in rows], [responses[i] for i in rows], s.query_weight, s.micro)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         kept = {}
@@ -406,9 +498,9 @@ def train_lm(model, train, valid, settings, folder, seed, save_every=50, name="s
 
 
 def main():
-    run, settings, out, device = alone(__doc__, "sft", SFTSettings)
-    check(settings.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss")
-    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), encode_posts(run.enc, run.posts["sft"], run.Q, run.R),
+    run, settings, out, device = alone(__doc__, "sft", SFTSettings, lambda run, s: check(
+        s.choose != "reward", "choose reward takes a whole run of run.py; alone there are last and loss"))
+    loss = train_lm(load_model(os.path.join(run.folder, "pretrained"), device), sft_rows(run, settings),
                     encode_posts(run.enc, run.posts["valid"], run.Q, run.R), settings, out, run.seed)
     print(f"held-out loss {loss:.3f} nats per summary token; model in {out}")
 

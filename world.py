@@ -10,14 +10,19 @@ be checked against the truth, on a laptop, with no download.
     utility(posts[0], "my sister anna ...")  # the gold judge: noise-free, what the papers call true preference
     Labeler(noise=1.0).compare(post, a, b)   # a person: sees the same things, makes mistakes, has habits
 
+Ziegler's other task is here too: stories to be continued happily (`sentiment`) or with an eye for physical things
+(`descriptiveness`). Their facts are who, where and what; the judge counts the kinds of sentences that the style asks for.
+
+    stories = make_posts(1000, seed=1, split="train", task="sentiment")
+
 The judge reads a text with the same sentence patterns that the authors use. A fact counts where a sentence states it;
 words that no pattern accounts for cost, so a salad of the right keywords loses. See `utility` for the formula.
 """
-import functools
 import math
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,6 +136,37 @@ def _sentence(rng, patterns, facts, w):
     return pattern.format(**facts, **others)
 
 
+# stories: two people, a place and a thing, in sentences of some kind; {who} and {whom} are either of the two
+STORY_SLOTS = {
+    "who": SLOTS["name"], "whom": SLOTS["name"], "place": SLOTS["place"], "thing": SLOTS["object"],
+    "glad": "happy glad cheerful proud".split(), "sad": "sad gloomy hurt afraid".split(),
+    "kind": "kind gentle sweet good".split(), "rude": "rude cruel cold mean".split(),
+    "colour": "red blue green black white yellow".split(), "shape": "round flat small huge thin heavy".split(),
+    "loud": "loud soft sharp deep".split(), "scent": "smoke soap bread coffee grass paint".split(), "rough": "rough smooth wet dry sticky".split(),
+}
+OPENING = ["one day {who} met {whom} at the {place}.", "{who} had come to the {place} to see {whom}."], \
+          ["{who} had brought the {thing} along.", "they wanted to look at the {thing}."]
+KINDS = {  # each kind of sentence: its wordings
+    "deed": ["{who} walked to the {place} with {whom}.", "{who} put the {thing} on the table.", "{whom} waited for {who} at the {place}.",
+             "then {who} went back to the {place}.", "{who} asked {whom} about the {thing}."],
+    "speech": ["{whom} said it was time to go.", "nobody at the {place} said a word.", "{who} told {whom} to bring the {thing}."],
+    "joy": ["{who} was {glad} and began to laugh.", "{whom} felt {glad} all day long.", "it made {who} very {glad}."],
+    "kindness": ["{whom} gave {who} a long warm hug.", "{who} thanked {whom} for the {thing}.", "{whom} was very {kind} to {who}."],
+    "luck": ["{who} won a prize at the {place}.", "the {thing} worked better than ever.", "it was the best day at the {place}."],
+    "grief": ["{who} was {sad} and began to cry.", "{whom} felt {sad} all day long.", "it made {who} very {sad}."],
+    "quarrel": ["{whom} shouted at {who} for an hour.", "{who} blamed {whom} for the {thing}.", "{whom} was very {rude} to {who}."],
+    "loss": ["{who} lost the money at the {place}.", "the {thing} fell and broke to pieces.", "it was the worst day at the {place}."],
+    "sight": ["the {thing} was {colour} and {shape}.", "{colour} light fell on the {place}.", "the {place} had high {colour} walls."],
+    "sound": ["the {thing} made a {loud} noise.", "a {loud} sound came from the {place}."],
+    "smell": ["the {place} smelled of {scent}.", "there was a smell of {scent} in the air."],
+    "touch": ["the {thing} felt {rough} in the hand.", "the floor of the {place} was {rough}."],
+}
+STYLES = {  # what a continuation is judged by: the worth of each kind that it holds; all else is worth nothing
+    "sentiment": {"joy": 1., "kindness": 1., "luck": 1., "grief": -1., "quarrel": -1., "loss": -1.},
+    "descriptiveness": {"sight": 1., "sound": 1., "smell": 1., "touch": 1.},
+}
+TASK_WEIGHTS = {"tldr": WEIGHTS, **STYLES}
+
 HABIT = {"relation": .2, "name": -.2, "place": -.2, "time": -.2, "feeling": -.2, "wish": .2, "question": .2}  # what people tell first
 
 
@@ -188,14 +224,38 @@ def is_filtered(tldr_tokens, lo=24, hi=48):
     return lo <= tldr_tokens <= hi
 
 
+def make_story(rng, id, task):
+    """One story: {id, task, subreddit, title, post, summary, facts}, where `post` is its beginning, six or seven sentences, and `summary`
+    the four that follow. Its mood and its eye for physical things stay the same all along."""
+    who, whom = rng.sample(SLOTS["name"], 2)
+    facts = {"who": who, "whom": whom, "place": _pick(rng, SLOTS["place"]), "thing": _pick(rng, SLOTS["object"])}
+    happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
+    kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
+        (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}
+    sentences = [rng.choice(patterns).format(**facts) for patterns in OPENING]
+    more = rng.choice([4, 5]) + 4
+    while len(sentences) < 2 + more:  # nobody tells the same thing twice
+        patterns = KINDS[rng.choices(list(kinds), kinds.values())[0]]
+        if rng.random() < .5:
+            who, whom = whom, who
+        drawn = {slot: rng.choice(values) for slot, values in STORY_SLOTS.items()}
+        sentence = rng.choice(patterns).format(**drawn | facts | {"who": who, "whom": whom})
+        if sentence not in sentences:
+            sentences.append(sentence)
+    return {"id": id, "task": task, "subreddit": "", "title": "", "post": " ".join(sentences[:-4]), "summary": " ".join(sentences[-4:]),
+            "facts": facts}
+
+
 def in_task(post, world="reddit"):
-    """Whether a post stands in one of the task's subreddits; every real post does."""
-    return "facts" not in post or post["subreddit"] in WORLDS[world].subreddits
+    """Whether a post stands in one of the task's subreddits; every story and every real post does."""
+    return "facts" not in post or "task" in post or post["subreddit"] in WORLDS[world].subreddits
 
 
-def make_posts(n, seed, split, listed=1.0, w=REDDIT):
-    """n posts, the same ones for the same (seed, split); a share `listed` of them in the task's subreddits."""
+def make_posts(n, seed, split, listed=1.0, w=REDDIT, task="tldr"):
+    """n posts or stories, the same ones for the same (seed, split); a share `listed` of the posts in the task's subreddits."""
     rng = random.Random(f"{seed}-{split}")
+    if task in STYLES:
+        return [make_story(rng, f"{split}-{i}", task) for i in range(n)]
     return [make_post(rng, f"{split}-{i}", rng.random() < listed, w) for i in range(n)]
 
 
@@ -234,10 +294,17 @@ def _judge_patterns(w):
     return re.compile("|".join(rf"\b{r}\b" for r in regexes))
 
 
-_PATTERNS = {name: _judge_patterns(w) for name, w in WORLDS.items()}
+def _story_patterns():
+    """-> one regular expression; the kind of each of its groups s0, s1, ...; "" is a sentence of no kind"""
+    every = [("", p) for patterns in OPENING for p in patterns] + [(kind, p) for kind, patterns in KINDS.items() for p in patterns]
+    return (re.compile("|".join(rf"(?P<s{i}>\b{_regex(p, i, STORY_SLOTS)}\b)" for i, (_, p) in enumerate(every))),
+            {f"s{i}": kind for i, (kind, _) in enumerate(every)})
 
 
-@functools.lru_cache(maxsize=256)  # labelers look at one text again and again
+_PATTERNS, (_STORY_PATTERNS, _KIND_OF) = {name: _judge_patterns(w) for name, w in WORLDS.items()}, _story_patterns()
+
+
+@lru_cache(maxsize=20000)  # ten workers and every judge read the same text
 def read(text, world="reddit"):
     """Read a summary: (claims, unaccounted). claims is a list of (slot, value) in order of mention, unaccounted the
     number of words that no sentence pattern of the world explains."""
@@ -247,6 +314,14 @@ def read(text, world="reddit"):
         explained += len(match.group().split())
         claims += [(key.rsplit("_", 1)[0], value) for key, value in match.groupdict().items() if value]
     return claims, len(text.split()) - explained
+
+
+def read_story(text):
+    """Read a story: (sentences, unaccounted). A sentence is (kind, its words, {slot: value}); unaccounted as in read()."""
+    text = " ".join(words(text))
+    sentences = [(_KIND_OF[m.lastgroup], m.group(), {key.rsplit("_", 1)[0]: v for key, v in m.groupdict().items() if v and "_" in key})
+                 for m in _STORY_PATTERNS.finditer(text)]
+    return sentences, len(text.split()) - sum(len(said.split()) for _, said, _ in sentences)
 
 
 LENGTH_LIMIT = 36  # words
@@ -265,14 +340,51 @@ def tally(post, summary):
             "beyond": max(0, len(words(summary)) - LENGTH_LIMIT), "unaccounted": unaccounted}
 
 
-def utility(post, summary, weights=WEIGHTS, contradiction=CONTRADICTION):
-    """The gold judge, in units of one key fact:
+def style_tally(post, text):
+    """What a continuation holds: the kinds of its sentences, and counts of claims about others than the story's people, place and thing,
+    of sentences that were told before, in the story or in the continuation, and of words that no sentence accounts for."""
+    sentences, unaccounted = read_story(text)
+    facts, told, kinds, wrong, repeated = post["facts"], {said for _, said, _ in read_story(post["post"])[0]}, set(), 0, 0
+    people = {facts["who"], facts["whom"]}
+    for kind, said, claims in sentences:
+        wrong += sum(value not in people if slot in ("who", "whom") else value != facts.get(slot, value) for slot, value in claims.items())
+        wrong += "who" in claims and claims["who"] == claims.get("whom")  # nobody meets themselves
+        if said in told:
+            repeated += 1
+        else:
+            kinds.add(kind)
+        told.add(said)
+    return {"kinds": kinds, "contradictions": wrong, "repetitions": repeated, "unaccounted": unaccounted}
+
+
+def style_utility(post, text, weights):
+    """The gold judge of continuations, in sentences of the style, one less for a text that tells nothing new:
+
+        u = Σ_kinds told w - 3·contradictions - ½·repetitions - 0.3·words that no pattern explains - 1[nothing told]
+    """
+    t = style_tally(post, text)
+    return (sum(w for kind, w in weights.items() if kind in t["kinds"]) - CONTRADICTION * t["contradictions"]
+            - REPETITION * t["repetitions"] - SALAD * t["unaccounted"] - (not t["kinds"]))
+
+
+def utility(post, summary, weights=None, contradiction=CONTRADICTION):
+    """The gold judge of a post's task: of a story style_utility, of a post, in units of one key fact,
 
         u = Σ_slots w·covered - 3·contradictions - ½·repetitions - 0.3·words beyond 36 - 0.3·words no pattern explains
     """
+    weights = weights or TASK_WEIGHTS[post.get("task", "tldr")]
+    if post.get("task") in STYLES:
+        return style_utility(post, summary, weights)
     t = tally(post, summary)
     return (sum(weights[slot] for slot, hit in t["covered"].items() if hit) - contradiction * t["contradictions"]
             - REPETITION * t["repetitions"] - OVERLENGTH * t["beyond"] - SALAD * t["unaccounted"])
+
+
+def full_continuation(post):
+    """A story continued as its style wants it, in the world's own words: three sentences of three kinds, which is what 24 tokens hold."""
+    return {"sentiment": "it made {who} very happy. {who} thanked {whom} for the {thing}. {who} won a prize at the {place}.",
+            "descriptiveness": "the {place} smelled of soap. the {thing} was blue and thin. the {thing} made a deep noise."
+            }[post["task"]].format(**post["facts"])
 
 
 def full_summary(post):
@@ -292,6 +404,7 @@ class Labeler:
         P(a ≻ b) = σ((u_worker(a) - u_worker(b)) / noise)
 
     where u_worker is the gold utility with the worker's own weight for each fact, plus the habits set here."""
+    task: str = "tldr"  # what the texts are: tldr, or a style of STYLES
     noise: float = 1.0  # temperature in key facts
     workers: int = 10  # people in the population
     spread: float = 0.3  # how much their weights differ: standard deviation of the log weight
@@ -303,7 +416,7 @@ class Labeler:
 
     def __post_init__(self):
         self.rng = random.Random(f"labeler-{self.seed}")
-        self.weights = [{slot: w * math.exp(self.rng.gauss(0, self.spread)) for slot, w in WEIGHTS.items()}
+        self.weights = [{slot: w * math.exp(self.rng.gauss(0, self.spread)) for slot, w in TASK_WEIGHTS[self.task].items()}
                         for _ in range(self.workers)]
 
     def worth(self, post, summary, worker):

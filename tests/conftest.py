@@ -1,5 +1,6 @@
 """What all tests share: the repository on the path, one thread, a tiny random model, a tiny tokenizer."""
 import http.server
+import json
 import os
 import sys
 import threading
@@ -13,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before model: the kernels run on the CPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import train_bpe  # noqa: E402
+from data import save_encoding, save_json_lines, train_bpe  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)
@@ -75,6 +76,24 @@ def server(monkeypatch, tmp_path):
     yield s
     listener.shutdown()
     listener.server_close()
+
+
+@pytest.fixture
+def small_run(tmp_path, enc):
+    """The folder of a run that looks finished: four random models of 90 positions, Q = 70, R = 12, two posts, one comparison."""
+    folder = tmp_path / "run"
+    (folder / "data").mkdir(parents=True)
+    post = {"id": "a", "subreddit": "cat", "title": "my dog", "post": "my dog ate the cat", "summary": "dog ate cat"}
+    (folder / "config.json").write_text(json.dumps({"seed": 1, "settings": {"ppo": {"temperature": 0.7, "stop_token": "", "truncate_after": 0}}}))
+    (folder / "data" / "lengths.json").write_text(json.dumps({"Q": 70, "R": 12}))
+    save_encoding(enc, folder / "tokenizer.json")
+    for split in ("sft", "test"):
+        save_json_lines(folder / "data" / f"{split}.jsonl", [post, {**post, "id": "b"}])
+    save_json_lines(folder / "comparisons.jsonl", [{"info": post, "summaries": [{"text": "cat"}, {"text": "dog"}], "choice": 0, "split": "train"}])
+    for i, stage in enumerate(("pretrained", "sft", "reward", "ppo")):
+        model = tiny_model("scalar" if stage == "reward" else "lm", seed=i, vocab_size=enc.n_vocab, n_positions=90)
+        model.save_pretrained(folder / stage)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -53,8 +53,8 @@ def test_attention_contenders_compute_the_same(monkeypatch):
 def test_sft_trains_on_every_position(monkeypatch):
     """As many predictions as the peers make: all but each row's first token."""
     import sft
-    counted, lm_loss = [], sft.lm_loss
-    monkeypatch.setattr(sft, "lm_loss", lambda *args: counted.append(args[2]) or lm_loss(*args))
+    counted, mean = [], sft.weighted_mean
+    monkeypatch.setattr(sft, "weighted_mean", lambda *args: counted.append(args[1]) or mean(*args))
     bench.measure(SimpleNamespace(**case(batch=3, query=5, response=7)))
     assert counted[0].tolist() == [1.0] * (3 * 11)
 

@@ -9,10 +9,10 @@ import unicodedata
 import pytest
 import tiktoken.load
 
+import corpus
 import data
-import sft
+import download
 import world
-from conftest import tiny_model
 from data import DataError
 
 POST = {"id": "a", "subreddit": "advice", "title": "my cat", "post": "she ran away.\nthen she came back.\nnow she sleeps.", "summary": "cat ran"}
@@ -91,6 +91,10 @@ def test_title_longer_than_the_query_is_refused(enc):
 def test_response_starts_with_a_blank_and_keeps_eos(enc):
     eos = enc.n_vocab - 1
     assert data.encode_response(enc, "so", 48) == data.encode_response(enc, " so", 48) == enc.encode_ordinary(" so") + [eos]
+    dot = enc.encode_ordinary(".")[0]
+    assert data.encode_response(enc, "so it ran.", 48, stop=(dot, 4)) == enc.encode_ordinary(" so it ran.")  # what ends it is in the text
+    assert data.encode_response(enc, "so", 48, stop=(eos, 4)) == enc.encode_ordinary(" so") + [eos]
+    assert len(data.encode_response(enc, "word " * 100, 10, stop=(dot, 4))) == 10
     cut = data.encode_response(enc, "word " * 100, 10)
     assert len(cut) == 10 and cut[-1] == eos and eos not in cut[:-1]
     assert data.decode_response(enc, data.encode_response(enc, "my cat ran.", 48)) == "my cat ran."
@@ -169,104 +173,10 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
     assert file.read_text() == "old"
 
 
-# --- downloads
-
-BODY = random.Random(0).randbytes(5000)
-SHA = hashlib.sha256(BODY).hexdigest()
-
-
-def refused(*args, says):
-    """download() with these arguments ends in one sentence that has all of `says`."""
-    with pytest.raises(DataError) as e:
-        data.download(*args)
-    assert all(word in str(e.value) for word in says) and "\n" not in str(e.value), e.value
-
-
-def test_a_file_is_fetched_once(server, tmp_path, monkeypatch):
-    """Catches a second request for what is there, and a part left behind."""
-    server.files["some/file"] = BODY
-    path = tmp_path / "new" / "file"
-    for sha256, size in ((SHA, None), (None, 5000), (None, None)):
-        assert data.download(server.url + "/some/file", path, sha256, size) == path
-        assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
-        data.download(server.url + "/some/file", path, sha256, size)
-        path.unlink()
-    assert server.asked == [("some/file", None)] * 3
-    monkeypatch.setitem(data.FILES, "some/file", ("https://127.0.0.1:1/other", SHA))
-    assert data.fetch("some/file") == str(server.cache / "some" / "file") and (server.cache / "some" / "file").read_bytes() == BODY
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_an_interrupted_download_goes_on(server, tmp_path, ranges):
-    """Catches a cut file taken for the whole, a part joined at the wrong byte, and one joined to a whole file."""
-    server.files["f"], server.cut, server.ranges = BODY, 3000, ranges
-    path = tmp_path / "f"
-    refused(server.url + "/f", path, SHA, says=["broke off after 3,000 of 5,000 bytes"])
-    assert not path.exists() and (tmp_path / "f.part").read_bytes() == BODY[:3000]
-    server.cut = 4000
-    refused(server.url + "/f", path, SHA, says=["broke off after 4,000 of 5,000 bytes"])
-    server.cut = None
-    data.download(server.url + "/f", path, SHA)
-    assert path.read_bytes() == BODY and not (tmp_path / "f.part").exists()
-    assert [wanted for _, wanted in server.asked] == [None, "bytes=2999-", "bytes=3999-"]
-
-
-def test_parts_of_every_kind(server, tmp_path):
-    """Catches trust in what lies there: a whole part, a too long one, one of another file, one that nothing can check."""
-    server.files["f"] = BODY
-    path, part = tmp_path / "f", tmp_path / "f.part"
-    for left, asked in ((BODY, ["bytes=4999-"]), (BODY + b"more", ["bytes=5003-", None]), (b"", [None])):
-        part.write_bytes(left)
-        data.download(server.url + "/f", path, SHA)
-        assert path.read_bytes() == BODY and [a for _, a in server.asked] == asked
-        path.unlink()
-        server.asked.clear()
-    part.write_bytes(b"x" * 100)
-    refused(server.url + "/f", path, SHA, says=["gave 5,000 bytes", SHA, str(path)])
-    assert not part.exists() and not path.exists()
-    part.write_bytes(b"x" * 100)
-    data.download(server.url + "/f", path)
-    assert path.read_bytes() == BODY and server.asked[-1] == ("f", None)
-
-
-def test_what_is_not_the_file_is_removed(server, tmp_path):
-    """Catches a wrong hash or size let through, or left to be continued."""
-    server.files["f"] = BODY
-    path = tmp_path / "f"
-    refused(server.url + "/f", path, "0" * 64, says=[server.url + "/f", SHA, "instead of the sha256 " + "0" * 64])
-    refused(server.url + "/f", path, None, 5001, says=["gave 5,000 bytes", "instead of 5001 bytes"])
-    refused(server.url + "/f", path, None, 4999, says=["instead of 4999 bytes"])
-    server.length = False  # then an end that came too early looks like the end
-    refused(server.url + "/f", path, says=["a known number of bytes"])
-    assert os.listdir(tmp_path) == []
-    assert data.download(server.url + "/f", path, SHA) == path
-
-
-def test_without_network_the_sentence_says_what_to_put_where(server, tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    refused(server.url + "/f", path, says=[server.url + "/f", "HTTP 404", str(path)])
-    refused("http://127.0.0.1:1/f", path, says=["http://127.0.0.1:1/f", "refused", "by hand", str(path)])
-    refused("no address", path, says=["no address", str(path)])
-    assert os.listdir(tmp_path) == []
-    monkeypatch.setenv("RLHF_MIRROR", "http://127.0.0.1:1/")
-    for use in (data.gpt2_encoding, lambda: data.fetch("gpt2/encoder.json")):
-        with pytest.raises(DataError) as e:
-            use()
-        assert "http://127.0.0.1:1/gpt2/encoder.json" in str(e.value) and str(server.cache / "gpt2" / "encoder.json") in str(e.value)
-
-
-def test_the_table_of_files():
-    for name, (url, sha256) in data.FILES.items():
-        assert url.startswith("https://") and url.endswith("/" + name.split("/")[-1])
-        assert sha256 is None or len(bytes.fromhex(sha256)) == 32
-    assert all(data.FILES[f"gpt2{size}/{file}"][1] for size in ("", "-medium", "-large", "-xl") for file in ("config.json", "model.safetensors"))
-    assert len({url for url, _ in data.FILES.values()}) == len(data.FILES)
-
-
 # --- the encoding in GPT-2's files
 
 
-@pytest.mark.skipif(not all(os.path.exists(os.path.join(data.cache_folder(), "gpt2", file)) for file in ("encoder.json", "vocab.bpe")),
+@pytest.mark.skipif(not all(os.path.exists(os.path.join(download.cache_folder(), "gpt2", file)) for file in ("encoder.json", "vocab.bpe")),
                     reason="GPT-2's vocabulary is not in the cache; data.gpt2_encoding() downloads it")
 def test_gpt2_encoding_gives_the_published_ids(tmp_path):
     """Vectors of GPT-3-Encoder's and llama.cpp's tests."""
@@ -280,7 +190,7 @@ def test_gpt2_encoding_gives_the_published_ids(tmp_path):
     assert enc.n_vocab == 50257 and enc.decode([50256]) == data.EOS
     data.save_vocabulary(enc, tmp_path)
     for ours, theirs in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        theirs = open(os.path.join(data.cache_folder(), "gpt2", theirs), encoding="utf-8").read()
+        theirs = open(os.path.join(download.cache_folder(), "gpt2", theirs), encoding="utf-8").read()
         ours = (tmp_path / ours).read_text(encoding="utf-8")
         assert ours == theirs or json.loads(ours) == json.loads(theirs)
 
@@ -298,7 +208,7 @@ def test_gpt2_encoding_from_the_cache_and_from_a_folder(server, tmp_path, monkey
     """Catches bytes decoded wrongly, ids out of order, EOS in the wrong place; against tiktoken's reader of these files."""
     for name, text in made_up_vocabulary().items():
         server.files["gpt2/" + name] = text.encode()
-        monkeypatch.setitem(data.FILES, "gpt2/" + name, ("https://127.0.0.1:1/" + name, hashlib.sha256(text.encode()).hexdigest()))
+        monkeypatch.setitem(download.FILES, "gpt2/" + name, ("https://127.0.0.1:1/" + name, hashlib.sha256(text.encode()).hexdigest()))
     downloaded, folder = data.gpt2_encoding(), str(server.cache / "gpt2")
     again, from_folder = data.gpt2_encoding(), data.gpt2_encoding(folder)
     assert [name for name, _ in server.asked] == ["gpt2/encoder.json", "gpt2/vocab.bpe"]
@@ -373,9 +283,11 @@ def test_the_query_of_each_task(enc):
     """The formats as openai/summarize-from-feedback and lm-human-preferences print them; a reference stands behind ' ' or not."""
     post = {"post": "A cat ran.", "summary": "It ran."}
     for task, query, response in [("cnndm", "Article:\nA cat ran.\n\nTL;DR:\n", "It ran."), ("cnndm-transfer", "A cat ran.\n\nTL;DR:", " It ran."),
-                                  ("sentiment", "A cat ran.", "It ran.")]:
+                                  ("sentiment", "A cat ran.", " It ran.")]:
         assert enc.decode(data.encode_query(enc, post | {"task": task}, 64)) == query
-        assert enc.decode(data.encode_response(enc, "It ran.", 24, task)) == response + data.EOS
+        end = "" if task == "sentiment" else data.EOS  # what continues a text is followed by more text
+        assert enc.decode(data.encode_response(enc, "It ran.", 24, task)) == response + end
+    assert len(data.encode_response(enc, "It ran. " * 9, 24, "sentiment")) == 24
     lengths = {name: (task.Q, task.R, task.stop, task.earliest) for name, task in data.TASKS.items()}
     assert lengths == {"tldr": (512, 48, data.EOS, 0), "cnndm": (1919, 128, data.EOS, 0), "cnndm-transfer": (512, 48, data.EOS, 0),
                        "sentiment": (64, 24, ".", 16), "descriptiveness": (64, 24, ".", 16)}
@@ -412,7 +324,7 @@ def test_gzip_byte_order_mark_and_prompts_without_summary(tmp_path):
     with pytest.raises(DataError, match="x.jsonl:1: the field 'post' has 1,000,001 characters; at most 200,000"):
         data.load_posts(write(tmp_path, POST | {"post": " " * 10**6 + "x"}))  # tiktoken would panic
     with pytest.raises(DataError, match="x.jsonl:2: post a: its title alone needs more than the 60 tokens"):
-        list(data.post_rows(write(tmp_path, POST, POST | {"title": "word " * 90}), data.train_bpe(["x"], 300), 60, 9))
+        list(corpus.post_rows(write(tmp_path, POST, POST | {"title": "word " * 90}), data.train_bpe(["x"], 300), 60, 9))
     with pytest.raises(DataError, match="x.jsonl.gz:2: the field 'summary' is missing"):
         data.load_posts(str(tmp_path / "x.jsonl.gz"))
     (tmp_path / "y.gz").write_bytes(gzip.compress(text.encode())[:-30])
@@ -507,148 +419,3 @@ def test_sst2(tmp_path):
     (tmp_path / "x.tsv").write_text("good\t1\nbad 0\n")
     with pytest.raises(DataError, match="x.tsv:2: expected a sentence, a tab"):
         data.load_sst2(str(tmp_path / "x.tsv"))
-
-
-# --------------------------------------------------------------------------- the filter
-
-def test_filter_drops_by_each_rule_once(enc):
-    """One row breaks each rule and no earlier one; the rest of a post is what stays."""
-    def words(n):  # a text of exactly n tokens
-        return enc.decode(enc.encode_ordinary(" my cat ran to the office." * n)[:n])
-    summary, new = words(30), iter(range(100))
-
-    def row(**changes):
-        return {"id": "t3_x", "subreddit": "tifu", "title": "my cat", "post": f"story {next(new)}", "summary": summary} | changes
-    broken = {"duplicate post": row(post="the first"), "not a top-level post": row(title=None), "other subreddit": row(subreddit="Tifu"),
-              "title begins with edit or update": row(title="[UPDATE] my cat"), "sensitive topic": row(post="thoughts of suicide"),
-              "post over 512 tokens": row(post=words(513)), "summary begins with edit, update or P.S.": row(summary="P.S. " + summary),
-              "profane summary": row(summary="whore " + words(25)), "summary under 24 tokens": row(summary=words(23)),
-              "summary over 48 tokens": row(summary=words(49))}
-    kept = [row(post="the first"), row(title="Editor needed"), row(post=words(512)), row(summary=words(24)), row(summary=words(48)),
-            {k: v for k, v in row(content="as Webis has it").items() if k != "post"}, row(summary="TL;DR: " + summary)]
-    posts, dropped = data.filter_tldr(iter(kept + list(broken.values())), enc)
-    assert dropped == dict.fromkeys(broken, 1) and list(dropped) == data.RULES and len(posts) == len(kept)
-    assert posts[5]["post"] == "as Webis has it" and posts[6]["summary"] == summary.strip() and set(posts[0]) == set(POST)
-    posts, dropped = data.filter_tldr(kept + list(broken.values()), enc, need_summary=False)
-    assert len(posts) == len(kept) + 4 and sum(dropped.values()) == 6
-    assert len(data.SUBREDDITS) == len(set(data.SUBREDDITS)) == 29
-
-
-# --------------------------------------------------------------------------- books
-
-BOOK = ("\ufeffThe Project Gutenberg EBook\r\n\r\n*** START OF THIS PROJECT GUTENBERG EBOOK CATS ***\r\nChapter 1\r\n\r\n"
-        + "My cat ran to the office. It was my cat.  Was it?\r\nIt ran on and on, and on.\r\n\r\n" * 200
-        + "End of the Project Gutenberg EBook of Cats\r\n\r\n*** END OF THIS PROJECT GUTENBERG EBOOK CATS ***\r\nlicence\r\n")
-
-
-def test_book_text_is_the_book_alone(tmp_path, enc):
-    (tmp_path / "b.txt").write_text(BOOK, encoding="utf-8", newline="")
-    whole = "".join(data.book_text(str(tmp_path / "b.txt")))
-    assert whole.startswith("Chapter 1\n\nMy cat") and whole.endswith("and on.\n\n") and whole.count("Was it?") == 200 and "\r" not in whole
-    for size in (3, 50, 333):
-        pieces = list(data.book_text(str(tmp_path / "b.txt"), size))
-        assert "".join(pieces) == whole and max(map(len, pieces)) <= size
-    assert len(pieces) > 40 and [i for piece in pieces for i in enc.encode_ordinary(piece)] == enc.encode_ordinary(whole)
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"no header here.\n"))
-    (tmp_path / "notes.md").write_text("not a book")
-    rows = list(data.text_rows(str(tmp_path), enc, 100))
-    plain = enc.encode_ordinary(whole)
-    assert [i for row in rows[:-1] for i in row] == plain + [enc.n_vocab - 1] and {len(row) for row in rows[:-2]} == {100}
-    assert enc.decode(rows[-1]) == "no header here.\n" + data.EOS
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no .txt file"):
-        data.text_files(str(tmp_path / "empty"))
-    (tmp_path / "d.txt").write_text("")
-    with pytest.raises(DataError, match="d.txt holds no text"):
-        list(data.text_rows(str(tmp_path / "d.txt"), enc, 100))
-
-
-def test_excerpts_by_the_rule_of_the_paper(enc):
-    """Behind the first full stop, 64 tokens, behind the last full stop, 32 at least; the query is just these tokens."""
-    rng, (stop,) = random.Random(0), enc.encode_ordinary(".")
-    text = " ".join(rng.choice(["my cat ran", "to the office", "yes.", "it was mine.", "why?"]) for _ in range(3000))
-    ids = enc.encode_ordinary(text)
-    rows = [ids[i:i + 128] for i in range(0, len(ids) - 128, 128)] + [[stop], [5, 6], [7] * 100 + [stop] + [8] * 100]
-    rows += [[stop] + [8] * 31 + [stop], [stop] + [8] * 30 + [stop]]  # 32 tokens, 31
-    spelled = [stop] + list(b" cat" * 10) + [stop]  # no encoding of a text, so its text would be another query
-    expected = []
-    for row in rows:
-        row = row[row.index(stop) + 1:] if stop in row else []
-        row = row[:64]
-        while row and row[-1] != stop:
-            row = row[:-1]
-        if len(row) >= 32:
-            expected.append(row)
-    posts = data.excerpts(rows + [spelled], enc, 10**6, seed=0, task="descriptiveness")
-    found = [data.encode_query(enc, post, 64) for post in posts]
-    assert sorted(found) == sorted(expected) and found != expected and len(found) > 20
-    assert [data.encode_query(enc, post, 64) for post in data.excerpts(rows + [spelled], enc, 5, seed=0)] == found[:5]
-    assert data.query_text(posts[0]) == posts[0]["post"] and posts[0]["task"] == "descriptiveness"
-
-
-# --------------------------------------------------------------------------- token storage
-
-def store(tmp_path, file, enc, rows=None, settings=("posts", 60, 20)):
-    return data.store_rows(str(tmp_path / "cache"), [file], enc, settings, data.post_rows(file, enc, 60, 20) if rows is None else rows)
-
-
-def test_stored_rows_are_the_encoded_rows(tmp_path, enc):
-    posts = world.make_posts(50, 0, "x")
-    file = write(tmp_path, *posts, POST | {"post": " "}, ARTICLE | {"summary": "so", "task": "cnndm"})
-    posts = data.load_posts(file)[0]
-    queries, responses = store(tmp_path, file, enc).columns(2)
-    assert list(queries) == [data.encode_query(enc, p, 60) for p in posts] and len(queries) == 51 == len(responses)
-    assert list(responses) == [data.encode_response(enc, p["summary"], 20, p.get("task", "tldr")) for p in posts]
-    assert responses[3:5] == [responses[3], responses[4]] and responses[-1] == responses[50] and type(queries[0]) is list
-    assert list(queries.take([7, 2])) == [queries[7], queries[2]]
-    with pytest.raises(IndexError):
-        queries[51]
-    file = write(tmp_path, comparison(), comparison(choice=None), comparison(info=dict(ARTICLE)))
-    rows = data.store_rows(str(tmp_path / "cache"), [file], enc, ["comparisons"], data.comparison_rows(file, enc, 60, 20))
-    assert list(rows) == [ids for c in data.load_comparisons(file)[0] for ids in
-                          (data.encode_query(enc, c["info"], 60), *(data.encode_response(enc, s["text"], 20) for s in c["summaries"]))]
-
-
-def test_rows_are_encoded_once_until_something_changes(tmp_path, enc, monkeypatch):
-    def never():
-        raise AssertionError("encoded again")
-        yield
-    file = write(tmp_path, POST, POST)
-    first = list(store(tmp_path, file, enc))
-    assert list(store(tmp_path, file, enc, never())) == first
-    for change in (dict(settings=("posts", 61, 20)), dict(enc=data.train_bpe(["other"], 300)), dict(TASKS={})):
-        monkeypatch.setattr(data, "TASKS", change.pop("TASKS", data.TASKS))
-        with pytest.raises(AssertionError, match="encoded again"):
-            store(**{"tmp_path": tmp_path, "file": file, "enc": enc, "rows": never()} | change)
-    monkeypatch.undo()
-    write(tmp_path, POST, POST, POST)
-    assert list(store(tmp_path, file, enc)) == first + first[:2]
-    tokens = max((tmp_path / "cache").glob("*.tokens"), key=lambda path: path.stat().st_size)
-    tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(AssertionError, match="encoded again"):
-        store(tmp_path, file, enc, never())
-    assert list(store(tmp_path, file, enc)) == first + first[:2]
-    with pytest.raises(DataError, match="none cannot be read"):
-        store(tmp_path, str(tmp_path / "none"), enc)
-    with pytest.raises(DataError, match="16 bits"):
-        store(tmp_path, file, data.make_encoding({str(i).encode(): i for i in range(2**16)}))
-
-
-def test_a_broken_off_encoding_leaves_nothing_behind_that_counts(tmp_path, enc):
-    def breaks():
-        yield [1, 2, 3]
-        raise KeyboardInterrupt
-    file = write(tmp_path, POST)
-    with pytest.raises(KeyboardInterrupt):
-        store(tmp_path, file, enc, breaks())
-    assert not list((tmp_path / "cache").iterdir()) and len(store(tmp_path, file, enc)) == 2
-
-
-def test_training_reads_stored_rows_as_it_reads_lists(tmp_path, enc):
-    file = write(tmp_path, *world.make_posts(24, 0, "x"))
-    queries, responses = store(tmp_path, file, enc).columns(2)
-    losses = []
-    for name, rows in [("stored", (queries, responses)), ("lists", (list(queries), list(responses)))]:
-        model = tiny_model(vocab_size=enc.n_vocab, n_positions=80)
-        losses.append(sft.train_lm(model, rows, rows, sft.SFTSettings(batch=8, warmup=1), str(tmp_path / name), seed=0))
-    assert losses[0] == losses[1]

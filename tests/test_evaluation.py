@@ -1,17 +1,23 @@
 """evaluation.py: statistics against brute force and known truth, text measures by hand, the two tables on made-up rows."""
 import itertools
+import json
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_rows, tiny_model
 
+import evaluation
 import world
-from data import pad_rows
-from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, lead3, length_controlled_win_rate,
-                        measure_policies, measure_reward, reward_margins, sampled_kl, sentence_novelty, wins)
-from reward import group_by_post
+from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines
+from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, entries, lead3, length_controlled_win_rate,
+                        measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, sample_policies, sampled_kl, sentence_novelty,
+                        wins)
+from reward import group_by_post, sample_responses
+from sft import load_model
 
 
 # --- best of n
@@ -136,6 +142,26 @@ def test_sentence_novelty_and_lead3_by_hand():
     assert lead3({"post": source}) == "My cat ate it. Then\nshe slept! Why?"
 
 
+def test_rouge_by_hand_and_by_brute_force():
+    """Catches precision or recall for F1, no stemmer, a mean over something else, summaries and references that are not paired."""
+    by_hand = rouge(["the cats sat", "my dog"], ["The cat sat on a mat.", "your horse"])  # 3 of 3 and 6 words, 2 of 2 and 5 bigrams
+    assert [by_hand[name][0] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx([2 / 6, 2 * 1 * .4 / 1.4 / 2, 2 / 6])
+    assert by_hand["rouge1"][1] == [0, pytest.approx(2 / 3)] and rouge(["", "x"], ["a cat", "x"])["rougeL"][0] == .5
+    rng = random.Random(0)
+    for _ in range(20):
+        a, b = ([rng.choice("abcd") for _ in range(rng.randrange(2, 8))] for _ in range(2))
+        out = {}
+        for n in (1, 2):
+            grams, others = ([tuple(t[i:i + n]) for i in range(len(t) - n + 1)] for t in (a, b))
+            out[n] = 2 * sum(min(grams.count(x), others.count(x)) for x in set(grams)) / (len(grams) + len(others))
+        subsequences = {s for k in range(len(a) + 1) for s in itertools.combinations(a, k)}
+        longest = max(k for k in range(len(b) + 1) if subsequences & set(itertools.combinations(b, k)))
+        expected = [out[1], out[2], 2 * longest / (len(a) + len(b))]
+        assert [mean for mean, _ in rouge([" ".join(a)], [" ".join(b)]).values()] == pytest.approx(expected)
+    with pytest.raises(ValueError):
+        rouge(["a"], ["a", "b"])
+
+
 # --- the two tables
 
 
@@ -210,6 +236,33 @@ def test_a_policy_that_is_the_reference_wins_half():
     assert measure_policies([{**row, "post": {"post": row["post"]["post"]}} for row in rows])["other"]["gold_win_rate"] is None
 
 
+def test_win_rate_over_sft_by_hand():
+    """Catches SFT's response taken for the reference's or another post's, and its own rate other than one half."""
+    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 4 else "cat"})
+    for i, row in enumerate(rows):
+        row["policies"]["sft"] = row["policies"]["same"] | {"text": world.full_summary(row["post"]) if i < 4 else "cat cat"}
+    out = measure_policies(rows)
+    assert out["sft"]["gold_win_rate_sft"] == .5 and out["sft"]["gold_win_rate_sft_ci"] == [.5, .5]
+    assert out["other"]["gold_win_rate_sft"] == pytest.approx((1.5 + 36) / 40)  # of the first four a loss and three ties; then all won
+    lo, hi = out["other"]["gold_win_rate_sft_ci"]
+    assert .85 < lo < .94 < hi < 1 and measure_policies(policy_rows(lambda i, p: {"text": "cat"}))["other"]["gold_win_rate_sft"] is None
+
+
+def test_stories_are_judged_by_samples(enc, g):
+    """Catches greedy continuations, a KL of other samples than those shown, and an excerpt's first sentences as a baseline."""
+    policy, sft, dot = *(tiny_model(seed=i, vocab_size=enc.n_vocab, n_positions=200) for i in (0, 1)), enc.encode_ordinary(".")[0]
+    queries, seed = [[1, 2, 3], [4, 5]] * 3, torch.Generator().manual_seed
+    shown, kls = responses_and_kl(policy, sft, queries, 8, 1.0, seed(5), (dot, 4), greedy=False)
+    assert shown == sample_responses(policy, queries, 8, 1.0, seed(5), stop=(dot, 4))
+    assert kls == pytest.approx(sampled_kl(policy, sft, queries, shown, 1.0), abs=1e-5) and max(map(abs, kls)) > .01
+    greedy, _ = responses_and_kl(policy, sft, queries, 8, 1.0, seed(5), (dot, 4))
+    assert greedy == sample_responses(policy, queries, 8, 0, g, stop=(dot, 4)) != shown
+    posts = [{**p, "post": "a dog. " * 4} for p in world.make_posts(3, 1, "t", task="sentiment")]
+    models = {"pretrained": sft, "sft": sft, "ppo": policy}
+    rows = sample_policies(enc, posts, models, tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=200), 60, 8, 1.0, 2, g, (dot, 4))
+    assert set(rows[0]["policies"]) == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
+
+
 def test_the_table_controls_for_length():
     """Catches a table whose length-controlled rate is the raw one: here long summaries win and short ones mostly lose."""
     rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})
@@ -218,6 +271,14 @@ def test_the_table_controls_for_length():
     assert out["gold_win_rate"] == pytest.approx(np.mean(w), abs=.05)
     expected = length_controlled_win_rate(w, [math.log(60 / 30) if i % 10 < 6 else math.log(33 / 30) for i in range(40)])
     assert out["gold_win_rate_length_controlled"] == pytest.approx(expected, abs=.05) and expected < .3
+
+
+def test_what_has_ended_is_what_the_rule_says(enc):
+    """Catches responses that ended with '.' counted as unfinished, and a '.' that stands too early counted as an end."""
+    model, dot = tiny_model("scalar", vocab_size=enc.n_vocab), enc.encode_ordinary(".")[0]
+    responses = [[1, 2, dot], [1, dot], [1, 2, 3], [1, 2, enc.n_vocab - 1]]
+    ended = [[e["eos"] for e in entries(enc, model, [[1, 2]] * 4, responses, stop=stop)] for stop in ((dot, 2), None)]
+    assert ended == [[True, False, False, False], [False, False, False, True]]
 
 
 def test_sampled_kl_is_0_for_the_policy_itself_and_k1_for_another(g):
@@ -230,3 +291,145 @@ def test_sampled_kl_is_0_for_the_policy_itself_and_k1_for_another(g):
         query_length = lengths - len(r)
         a, b = (m.logprobs(tokens, query_length, lengths, len(r), 0.7).sum().item() for m in (policy, ref))
         assert kl == pytest.approx(a - b, abs=1e-4)
+
+
+# --- zero-shot with examples in context
+
+
+def test_in_context_query_by_hand(enc):
+    """Catches another template, separator or order, an example without its summary, and one that does not fit."""
+    posts = [{"subreddit": "x", "title": t, "post": p, "summary": s} for t, p, s in [("A", "one.", " s1"), ("B", "two " * 40, "s2"), ("C", "three", "s3")]]
+    query, text = {"subreddit": "y", "title": "Q", "post": "mine"}, "Subreddit: r/y\n\nTitle: Q\n\nmine\n\nTL;DR:"
+    one = "Subreddit: r/x\n\nTitle: A\n\none.\n\nTL;DR: s1\n\n=====\n\n"
+    three = "Subreddit: r/x\n\nTitle: C\n\nthree\n\nTL;DR: s3\n\n=====\n\n"
+
+    def size(text):
+        return len(enc.encode_ordinary(text))
+    for most, expected, n in [(size(text), text, 0), (size(one + text) - 1, text, 0), (size(one + text), one + text, 1),
+                              (size(three + one + text), three + one + text, 2)]:
+        ids, count = in_context_query(enc, query, posts, 200, most)
+        assert (enc.decode(ids), count, len(ids) <= most) == (expected, n, True)
+    assert in_context_query(enc, query, posts, 200, 10**6)[1] == 3
+    article, other = {"post": "News.", "task": "cnndm-transfer"}, {"post": "Old.", "summary": "o", "task": "cnndm-transfer"}
+    ids, _ = in_context_query(enc, article, [other], 200, 400)
+    assert enc.decode(ids) == "Article:\n\nOld.\n\nTL;DR: o\n\n=====\n\nArticle:\n\nNews.\n\nTL;DR:"
+    ids, n = in_context_query(enc, {**article, "post": "long " * 90}, [other], 60, 400)
+    assert n == 1 and enc.decode(ids).startswith("Article:\n\nOld.") and size(enc.decode(ids).split("=====\n\n")[1]) in range(50, 61)
+
+
+def test_in_context_responses_end_at_a_newline(enc, monkeypatch):
+    """Catches text behind the line, a baseline where some post has no room for an example, and the wrong stop token."""
+    newline, eos = enc.encode_ordinary("\n")[0], enc.n_vocab - 1
+    cat, asked = enc.encode_ordinary(" cat"), []
+
+    def sampled(model, queries, R, temperature, generator, stop):
+        asked.append((temperature, stop, [enc.decode(q) for q in queries]))
+        return [cat + [newline], cat + [eos] + cat, cat][:len(queries)]
+    monkeypatch.setattr(evaluation, "sample_responses", sampled)
+    post = {"subreddit": "x", "title": "A", "post": "one.", "summary": "two"}
+    posts, model = [{**post, "post": p} for p in ("a", "b", "c")], tiny_model(n_positions=110)
+    assert evaluation.in_context_responses(enc, posts, [post], model, 200, 10, None) == [("cat", True), ("cat", True), ("cat", False)]
+    assert asked[0][:2] == (0, (newline, 0)) and all("one.\n\nTL;DR: two\n\n=====" in q for q in asked[0][2])
+    assert evaluation.in_context_responses(enc, posts + [{**post, "post": "c " * 30}], [post], model, 200, 10, None) is None
+    assert evaluation.in_context_responses(enc, posts, [], model, 200, 10, None) is None and len(asked) == 1
+
+
+def test_examples_have_24_to_47_tokens(enc):
+    posts = [{"summary": "z" * n} for n in (22, 23, 46, 47, 30)]  # and a blank before each
+    assert [len(p["summary"]) for p in evaluation.pick_examples(enc, posts)] == [23, 46, 30]
+    assert len(evaluation.pick_examples(enc, posts * 20)) == 13
+
+
+# --- other people's files
+
+
+def test_every_policy_answers_in_the_format_of_the_task(enc, monkeypatch):
+    """Catches posts formatted as TL;DRs whatever they are, a lead-3 judged on less than three sentences, an in-context row in another place."""
+    posts = [{"post": f"My cat ate {i}. It ran. " + "x" * 60 + ". No.", "summary": "cat ate", "task": "cnndm", "title": "", "subreddit": ""} for i in range(3)]
+    models = {name: tiny_model(seed=i, vocab_size=enc.n_vocab, n_positions=160) for i, name in enumerate(("pretrained", "sft", "ppo"))}
+    reward_model = tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=130)
+    monkeypatch.setattr(evaluation, "in_context_responses", lambda *args: [("dog", True), ("a", False), ("b", True)])
+    rows = evaluation.sample_policies(enc, posts, models, reward_model, 110, 12, .7, 0, torch.Generator())
+    assert list(rows[0]["policies"]) == ["reference", "lead3", "pretrained", "sft", "ppo", "in_context"]
+    for row, post, text in zip(rows, posts, ("dog", "a", "b")):
+        query = encode_query(enc, post, 110)
+        assert enc.decode(query) == f"Article:\n{post['post']}\n\nTL;DR:\n"
+        with torch.no_grad():
+            for name, said, most in (("reference", "cat ate", 12), ("lead3", lead3(post), 20), ("in_context", text, 12)):
+                ids = query + encode_response(enc, said, most, "cnndm")
+                assert row["policies"][name]["score"] == pytest.approx(reward_model.scores(torch.tensor([ids]), torch.tensor([len(ids)])).item(), abs=.02)
+                assert row["policies"][name]["text"] == said
+        assert row["policies"]["in_context"]["eos"] == (text != "a")
+    measured = measure_policies(rows)
+    assert measured["lead3"]["rouge"] == rouge([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
+    header, table = evaluation.table_rows(measured)
+    assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and [r[0] for r in table][3] == "pretrained (in context)"
+    assert table[0][1] == "–" and table[1][1].startswith(f"{measured['lead3']['rouge']['rouge1'][0]:.1%} (") and len(set(map(len, [header] + table))) == 1
+    with_gold = evaluation.table_rows(measure_policies(policy_rows(lambda i, p: {"text": "cat"})))
+    assert with_gold[0][1] == "gold win rate" and "ROUGE-1" not in with_gold[0]
+
+
+def axis_row(policy, post, **axes):
+    return {"info": {"id": post}, "summary": {"policy": policy, "axes": axes}}
+
+
+def test_measure_axes_by_hand():
+    """Catches axes or policies in one heap, and evaluations of one post taken for independent."""
+    rows = [axis_row("a", "p", overall=7, compatible=True), axis_row("a", "p", overall=5), axis_row("a", "q", overall=3, compatible=False),
+            axis_row(None, "p", accuracy=2)]
+    out = evaluation.measure_axes(rows)
+    assert {policy: set(axes) for policy, axes in out.items()} == {"a": {"overall", "compatible"}, "unknown": {"accuracy"}}
+    assert (out["a"]["overall"]["mean"], out["a"]["overall"]["n"], out["a"]["compatible"]["mean"]) == (5, 3, .5)
+    assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] == [2, 2]  # 7 and 5 stand together or not at all
+
+
+def compared(post, title="t", id=None, choice=0, split=None, confidence=None, a=" cat cat", b=" dog", **more):
+    return {"info": {"id": id, "subreddit": "x", "title": title, "post": post, **more}, "summaries": [{"text": a}, {"text": b}], "choice": choice,
+            "split": split, "extra": {"confidence": confidence}}
+
+
+def test_comparisons_of_posts_that_were_trained_on_are_left_out():
+    seen = [compared("A", id="1", split="train"), compared("B", id="2", split="valid"), compared("C", split="train")]
+    asked = [compared("A", id="1"), compared("A"), compared("B", id="2"), compared("C", id="9"), compared("D", id="1"), compared("D", id="4"), compared("C", "u")]
+    assert evaluation.unseen_comparisons(asked, seen) == [asked[i] for i in (2, 5, 6)]
+
+
+def evaluate(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, args)])
+    evaluation.main()
+
+
+def test_agreement_with_a_file_is_counted_one_by_one(small_run, enc, tmp_path, monkeypatch, capsys):
+    """Catches another model, format or side, and a table whose rows are not of their confidence."""
+    rows = [compared(f"cat {i // 2}", choice=i % 2, confidence=1 + i % 3, a=f" cat {i}", b=" my dog" * (i % 4 + 1), facts=[]) for i in range(12)]
+    save_json_lines(tmp_path / "some.json", rows + [compared("my dog ate the cat", title="my dog", id="a")])
+    evaluate(monkeypatch, small_run, "--comparisons", tmp_path / "some.json", "--device", "cpu")
+    model, right = load_model(small_run + "/reward", "cpu", "scalar"), []
+    for c in rows:
+        scores = []
+        for s in c["summaries"]:
+            ids = encode_query(enc, c["info"], 70) + encode_response(enc, s["text"], 12)
+            with torch.no_grad():
+                scores.append(model.scores(torch.tensor([ids]), torch.tensor([len(ids)])).item())
+        right.append(scores[c["choice"]] > scores[1 - c["choice"]])
+    table = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()[3:7]}
+    assert table == {"all": ["12", f"{np.mean(right):.1%}"], **{str(k + 1): ["4", f"{np.mean(right[k::3]):.1%}"] for k in range(3)}}
+    assert 0 < sum(right) < 12 and open(small_run + "/report/some-agreement.csv").read().count("\n") == 5
+    save_json_lines(tmp_path / "seen.json", [compared("other", id="a")])
+    with pytest.raises(DataError, match="trained its reward model on every post"):
+        evaluate(monkeypatch, small_run, "--comparisons", tmp_path / "seen.json", "--device", "cpu")
+
+
+def test_articles_and_axes_from_files(small_run, tmp_path, monkeypatch, capsys):
+    """The transfer to articles and the Likert table, from the command line to the CSV."""
+    (tmp_path / "cnn.csv").write_text("id,article,highlights\n1,My dog ate.,The dog ate\n2,A cat ate my dog. Bad.,Bad cat\n")
+    evaluate(monkeypatch, small_run, "--posts", tmp_path / "cnn.csv", "--task", "cnndm-transfer", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert "2 posts as cnndm-transfer" in out and out.count(" – ") >= 12 and [w for w in ("lead-3", "SFT", "PPO") if w not in out] == []
+    rows = [json.loads(line) for line in open(small_run + "/evaluation/cnn-cnndm-transfer.jsonl")]
+    assert rows[1]["policies"]["lead3"]["text"] == "A cat ate my dog. Bad." and rows[0]["post"]["task"] == "cnndm-transfer"
+    save_json_lines(tmp_path / "axis.json", [{"info": {"id": str(i), "subreddit": "x", "title": "t", "post": "p"}, "summary": {
+        "text": "x", "policy": "sup", "axes": {"overall": 3 + i, "accuracy": None}}} for i in range(3)])
+    evaluate(monkeypatch, small_run, "--axis", tmp_path / "axis.json")
+    assert "sup     3  4.00 (3.00 – 5.00)" in capsys.readouterr().out
+    assert open(small_run + "/report/axis-axes.csv").read().splitlines() == ["policy,n,overall", "sup,3,4.00 (3.00 – 5.00)"]

@@ -80,23 +80,26 @@ def test_where_the_curve_turns():
     assert not says([.3, .6, .4], [.2, .7, .6]) and not says([.3, .4, .6], [.2, .7, .9]) and not says([.6, .4, .3], [.2, .7, .9])
 
 
-# --- every figure, end to end
+# --- figures 1 to 6 end to end; those of probes.py have their own tests
+
+MINE = ["preference", "axes", "transfer", "overoptimization", "reward_scaling", "best_of_n"]
+FIGURES = [figure for figure in figures.FIGURES if figure.name in MINE]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Every figure on the test preset, one seed."""
+    """The figures on the test preset, one seed."""
     out = tmp_path_factory.mktemp("figures") / "out"
-    figures.command(["--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu"])
+    figures.command([*MINE, "--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu"])
     return out
 
 
 def test_every_figure_is_there(lab):
     """Catches a figure that is not drawn, a table without its CSV, a report that needs a network or other files."""
     page, text = (lab / "report.html").read_text(), (lab / "report.md").read_text()
-    assert page.count("src='data:image/png;base64,") == len(figures.FIGURES) == page.count("<h2 id=")
+    assert page.count("src='data:image/png;base64,") == len(MINE) == page.count("<h2 id=")
     assert not re.search(r"https?://|<script|<link|src=[\"'](?!data:)", page)
-    for figure in figures.FIGURES:
+    for figure in FIGURES:
         measured = json.loads((lab / f"{figure.name}.json").read_text())
         assert (lab / f"{figure.name}.png").read_bytes()[:4] == b"\x89PNG" and f"]({figure.name}.png)" in text
         assert re.search(r"figure \d", figure.title) and figure.title in text and figure.caption(measured) in text

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import corpus
 import data
 import world
 
@@ -45,21 +46,21 @@ def stored(load, rows):
 
 
 def books(path, enc):
-    rows = list(data.text_rows(path, enc, 128))
-    return rows + data.excerpts(rows, enc, 5, 0)
+    rows = list(corpus.text_rows(path, enc, 128))
+    return rows + corpus.excerpts(rows, enc, 5, 0)
 
 
 FORMATS = {  # name of the file: its text, how it is read
-    "posts.jsonl": (json_lines(POSTS), stored(data.load_posts, data.post_rows)),
+    "posts.jsonl": (json_lines(POSTS), stored(data.load_posts, corpus.post_rows)),
     "prompts.jsonl": (json_lines(POSTS), lambda path, enc: data.load_posts(path, need_summary=False)[0]),
-    "articles.jsonl": (json_lines(ARTICLES), stored(lambda path: data.load_posts(path, "cnndm"), lambda *a: data.post_rows(*a, task="cnndm"))),
+    "articles.jsonl": (json_lines(ARTICLES), stored(lambda path: data.load_posts(path, "cnndm"), lambda *a: corpus.post_rows(*a, task="cnndm"))),
     "articles.csv": ("id,article,highlights\n" + "".join('"{}","{}","{}"\n'.format(*(v.replace('"', '""') for v in a.values())) for a in ARTICLES),
-                     lambda path, enc: data.load_posts(path, "cnndm")[0] and list(data.post_rows(path, enc, 90, 9, "cnndm"))),
-    "comparisons.json": (json_lines(comparison(i, info) for i, info in enumerate(INFOS)), stored(data.load_comparisons, data.comparison_rows)),
+                     lambda path, enc: data.load_posts(path, "cnndm")[0] and list(corpus.post_rows(path, enc, 90, 9, "cnndm"))),
+    "comparisons.json": (json_lines(comparison(i, info) for i, info in enumerate(INFOS)), stored(data.load_comparisons, corpus.comparison_rows)),
     "axis.json": (json_lines(AXES), stored(data.load_axis, lambda path, *a: [[1]])),
     "labels.json": (json.dumps(LABELS, indent=1), lambda path, enc: data.load_labels(path)[0]),
     "sst2.tsv": ("".join(f"{text.strip()}\t{i % 2}\n" for i, text in enumerate(TEXTS * 3)), lambda path, enc: data.load_sst2(path)[0]),
-    "raw.jsonl": (json_lines(POSTS), lambda path, enc: list(data.filter_tldr((row for _, row in data.read_rows(path)), enc)[1])),
+    "raw.jsonl": (json_lines(POSTS), lambda path, enc: list(corpus.filter_tldr((row for _, row in data.read_rows(path)), enc)[1])),
     "book.txt": (BOOK, books),
 }
 VALUES = ["null", "NaN", "-Infinity", "1e400", "9" * 400, "9" * 5000, "-1", "2", "0.5", "true", '""', '"x"', '" "', "[]", "{}", "[[1]]", '"\\ud800"',

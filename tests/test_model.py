@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from conftest import random_rows, tiny_model
 from safetensors.numpy import load_file
 
-import data
+import download
 from data import DataError, pad_rows
-from model import GPT, attention, read_config
+from model import GPT, attention, attention_in_parts, logits, plain_attention, read_config
 from sft import load_model
 
 
@@ -84,10 +85,11 @@ def test_values_see_the_state_and_not_the_action(g):
     torch.testing.assert_close(model.values(tokens, q, lengths, R), expected, atol=1e-5, rtol=0)
 
 
-def test_the_last_block_may_answer_at_few_positions(g):
+@pytest.mark.parametrize("columns", [[8, 0, 3, 7], [20, 37, 18, 33]])  # behind 16 columns their queries are left out
+def test_the_last_block_may_answer_at_few_positions(g, columns):
     """Catches a position read from another row or column, in values and in gradients."""
-    model, tokens = tiny_model(), torch.randint(11, (3, 9), generator=g)
-    rows, columns, weight = torch.tensor([2, 0, 1, 1]), torch.tensor([8, 0, 3, 7]), torch.randn(4, 32, generator=g)
+    model, tokens = tiny_model(), torch.randint(11, (3, 39), generator=g)
+    rows, columns, weight = torch.tensor([2, 0, 1, 1]), torch.tensor(columns), torch.randn(4, 32, generator=g)
     gradients = []
     for h in (model.hidden(tokens)[rows, columns], model.hidden(tokens, rows, columns)):
         gradients.append([h.detach()] + list(torch.autograd.grad((h * weight).sum(), [p for n, p in model.named_parameters()])))
@@ -95,13 +97,47 @@ def test_the_last_block_may_answer_at_few_positions(g):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def exact_attention(q, k, v):
+    """Another implementation, in float64, of which the last T queries are kept."""
+    S, T = k.shape[2], q.shape[2]
+    whole = F.pad(q.double(), (0, 0, S - T, 0))
+    return F.scaled_dot_product_attention(whole, k.double(), v.double(), is_causal=True)[:, :, S - T:]
+
+
+def same_attention(f, q, k, v, weight):
+    """Values and gradients, in float32."""
+    both = []
+    for function in (f, exact_attention):
+        x = [part.detach().requires_grad_() for part in (q, k, v)]
+        y = function(*x)
+        both.append((y.double(), *torch.autograd.grad((y * weight).sum(), x)))
+    for one, other in zip(*both):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 5, 13])
+def test_queries_at_the_end_of_a_row(g, T):
+    """Catches a mask that counts a query's position from the first key, not from the row's beginning."""
+    q, k, v = torch.randn(3, 2, 3, 13, 8, generator=g)
+    same_attention(plain_attention, q[:, :, 13 - T:], k, v, torch.randn(2, 3, T, 8, generator=g))
+
+
+@pytest.mark.parametrize("T", [4, 8, 9, 30, 41])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_attention_in_parts_is_the_specification(g, T, rows):
+    """Catches a lost or doubled row or strip, a last strip of another size, keys cut off too early."""
+    q, k, v = torch.randn(3, 5, 2, 41, 8, generator=g)
+    f = lambda q, k, v: attention_in_parts(q, k, v, most=rows * 2 * T * 41, strip=8)  # noqa: E731
+    same_attention(f, q[:, :, 41 - T:], k, v, torch.randn(5, 2, T, 8, generator=g))
+
+
 def test_logprobs_in_chunks_are_those_of_all_rows(g, monkeypatch):
     """Catches chunks in another order, a lost last chunk, and a recomputed backward that differs from the kept one."""
     model = tiny_model()
     tokens, q, lengths, R = padded(*random_rows(g))
     weight, results = torch.randn(len(q), R, generator=g), []
-    for size in (1000, 4):
-        monkeypatch.setattr(model, "chunks", lambda rows: rows.split(size))
+    for size in (1000, 4):  # one chunk, whose logits are kept for the backward pass, and many, made again
+        monkeypatch.setattr(model, "chunk", size)
         logp = model.logprobs(tokens, q, lengths, R, 0.7)
         results.append([logp.detach()] + list(torch.autograd.grad((logp * weight).sum(), list(model.parameters()))))
     assert (lengths - q).sum() > 8  # three chunks at least
@@ -109,12 +145,29 @@ def test_logprobs_in_chunks_are_those_of_all_rows(g, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_no_chunk_of_logits_is_large():
-    """667 rows of GPT-2's vocabulary in float32 are 128 MB; rows keep their order and none is lost."""
+def test_no_chunk_of_logits_is_large(monkeypatch):
+    """667 rows of GPT-2's vocabulary in float32 are 128 MB. Catches logits of all rows at once, with and without a gradient."""
+    model, made = tiny_model(vocab_size=50257), []
+    assert model.chunk * 50257 * 4 <= 2**27
+    monkeypatch.setattr("model.logits", lambda h, *more: made.append(len(h)) or logits(h, *more))
+    model.chunk = 100
+    h = torch.randn(250, 32, requires_grad=True)
+    model.log_pi(h, torch.zeros(250, dtype=torch.long)).sum().backward()
+    assert made == [100, 100, 56] * 2  # forward, backward; rows are rounded up to 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_pi_and_its_gradient_are_those_of_a_log_softmax(g, dtype):
+    """Catches a wrong sign, a temperature forgotten on one way, a target's gradient on another token."""
     model = tiny_model()
-    model.config.vocab_size = 50257
-    parts = model.chunks(torch.arange(3000))
-    assert max(len(part) for part in parts) * 50257 * 4 <= 2**27 and torch.equal(torch.cat(parts), torch.arange(3000))
+    model.amp_dtype = dtype
+    h, y, weight = torch.randn(9, 32, generator=g, requires_grad=True), torch.randint(11, (9,), generator=g), torch.randn(9, generator=g)
+    both = h, model.wte.weight
+    ours = model.log_pi(h, y, 0.7)
+    exact = ((h.double() @ model.wte.weight.double().T) / 0.7).log_softmax(-1)[range(9), y]
+    torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
+    for one, other in zip(torch.autograd.grad((ours * weight).sum(), both), torch.autograd.grad((exact * weight).sum(), both)):
+        assert (one - other).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * other.abs().max()
 
 
 def test_logits_keep_float32_beside_bf16_matrix_products():
@@ -518,7 +571,7 @@ HUB_CONFIG = """{
 def test_openais_own_configs(name, layers, heads, width, more):
     """The hub's config.json to the byte, as its hash tells, is one that we take."""
     text = HUB_CONFIG % (width, heads, layers, more)
-    assert hashlib.sha256(text.encode()).hexdigest() == data.FILES[f"{name}/config.json"][1]
+    assert hashlib.sha256(text.encode()).hexdigest() == download.FILES[f"{name}/config.json"][1]
     config = read_config(json.loads(text), "config.json")
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (layers, heads, width, 1024)
     assert (config.vocab_size, config.eos) == (50257, 50256)
@@ -533,7 +586,7 @@ def test_weights_by_name_are_downloaded_once(server, tmp_path, monkeypatch, name
     for file in ("config.json", "model.safetensors"):
         content = (tmp_path / "there" / file).read_bytes()
         server.files[f"{name}/{file}"] = content
-        monkeypatch.setitem(data.FILES, f"{name}/{file}", ("https://127.0.0.1:1/" + file, hashlib.sha256(content).hexdigest()))
+        monkeypatch.setitem(download.FILES, f"{name}/{file}", ("https://127.0.0.1:1/" + file, hashlib.sha256(content).hexdigest()))
     for head in ("lm", "scalar", "lm"):
         model = GPT.from_pretrained(name, head)
         assert all(torch.equal(p, model.state_dict()[key]) for key, p in small.state_dict().items())

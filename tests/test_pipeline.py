@@ -13,9 +13,9 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 import run
-from data import DataError, encode_query
-from reward import sample_responses
-from sft import load_model
+from data import DataError, decode_response, encode_query
+from reward import CollectSettings, sample_responses, score_groups, split_comparisons
+from sft import load_model, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -164,7 +164,7 @@ def test_another_configuration_is_refused_by_name(finished):
     (["--nonsense", "1"], ["--nonsense"]), (["--ppo.beta", "-1"], ["beta"]), (["--ppo.lr", "nan"], ["lr"]), (["--sft.batch", "0"], ["batch"]),
     (["--model.n_embd", "33"], ["n_embd"]), (["--model.vocab_size", "10"], ["vocab_size"]), (["--preset", "huge"], ["huge"]),
     (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
-    (["--posts", "x.jsonl"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["x.jsonl does not exist"]),
+    (["--posts", "README.md"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["y.jsonl does not exist"]),
     (["--out", "/dev/null/run"], ["/dev/null"]), (["--reward.loss", "kwise"], ["collect.labels rank"]),
     (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
 def test_bad_settings_are_one_sentence(tmp_path, args, says):
@@ -243,10 +243,50 @@ def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
     for line in (out / "comparisons.jsonl").open():
         row = json.loads(line)
         better.setdefault(row["info"]["id"], []).append(row["summaries"][row["choice"]]["text"])
+    r = open_run(str(out))  # labels, reward model and evaluation obey the rule as PPO does
+    texts = [s["text"] for line in (out / "comparisons.jsonl").open() for s in json.loads(line)["summaries"]]
+    rows = [json.loads(line)["policies"] for line in (out / "evaluation" / "samples.jsonl").open()]
+    texts += [row[name]["text"] for row in rows for name in ("pretrained", "sft", "ppo", "best_of_n")]
+    tails = [r.enc.encode_ordinary(" " + text.strip())[4:] for text in texts]
+    assert not any(r.stop[0] in tail[:-1] for tail in tails) and sum(tail[-1:] == [r.stop[0]] for tail in tails) > 5
+    margins = [json.loads(line)["margin"] for line in (out / "reward" / "held_out.jsonl").open()]
+    model, both = load_model(str(out / "reward"), "cpu", "scalar"), []
+    for stop in (r.stop, None):
+        _, held_out, _ = split_comparisons(r.enc, out / "comparisons.jsonl", r.Q, r.R, stop)
+        with torch.no_grad():
+            both.append(torch.sub(*score_groups(model, held_out)).tolist())
+    assert margins == pytest.approx(both[0], abs=.05) and max(abs(a - b) for a, b in zip(*both)) > .2
     assert len(better) == 24 and all(len(texts) <= 3 and len(set(texts)) == 1 for texts in better.values())
     assert "score.weight" not in load_file(out / "ppo" / "model.safetensors") and "score.weight" in load_file(out / "ppo" / "value" / "model.safetensors")
     rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
     assert rows[1]["beta"] == pytest.approx(rows[0]["beta"] * (1 - 0.2 * 8 / 50))
+
+
+def test_stories_go_through_every_stage(tmp_path):
+    """The preset ziegler at the size of a test: no SFT, four samples of the initial policy, ends at '.', no lead-3; a style is its labeler."""
+    out, args = tmp_path / "out", ["--device", "cpu", *options(
+        "model.n_layer=2 model.n_embd=32 model.n_head=2 data.pretrain=400 data.sft=40 data.test=12 pretrain.lr=1e-2 collect.posts=24 "
+        "collect.held_out_posts=12 ppo.iterations=2 ppo.batch=8 ppo.kl_horizon=50 evaluation.best_of=2")]
+    done = script("run.py", "--preset", "ziegler", "--out", out, *args)
+    assert done.returncode == 0, done.stderr
+    a, b = (load_file(out / name / "model.safetensors") for name in ("pretrained", "sft"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    r = open_run(str(out))
+    assert r.Q <= 64 and r.R == 24 and r.stop == (r.enc.encode_ordinary(".")[0], 16)
+    rows = [json.loads(line) for line in (out / "comparisons.jsonl").open()]
+    shown = [s["text"] for row in rows for s in row["summaries"]]
+    assert len(shown) > 30 and all(text.endswith(".") for text in shown)
+    assert {s["policy"] for row in rows for s in row["summaries"]} == {"initial"} and {row["info"]["task"] for row in rows} == {"sentiment"}
+    for row in (json.loads(line) for line in (out / "evaluation" / "samples.jsonl").open()):
+        reference = row["policies"]["reference"]
+        assert reference["eos"] and 16 < reference["length"] <= 24 and reference["text"] == row["post"]["summary"]
+    results = json.loads((out / "report" / "results.json").read_text())["policies"]
+    assert results.pop("lead3") is None and set(results) == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
+    assert results["ppo"]["gold_win_rate_sft"] is not None and results["pretrained"]["kl"] == results["sft"]["kl"] == 0
+    assert "PPO wins" in done.stdout and "nothing was fine-tuned" in (out / "report" / "report.md").read_text()
+    assert script("evaluation.py", out).returncode == 0 and script("evaluation.py", out, "--policy", out / "ppo", "--device", "cpu").returncode == 0
+    refused(script("run.py", "--preset", "ziegler", "--out", tmp_path / "b", *args, "--ppo.stop_token", ""), "ppo.stop_token", "ziegler")
+    refused(script("run.py", "--preset", "ziegler", "--out", tmp_path / "b", *args, "--data.task", "poetry"), "data.task")
 
 
 def test_choices_as_in_instructgpt_go_through_every_stage(tmp_path):
@@ -278,7 +318,8 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
         model.save_pretrained(tmp_path / "sft" / f"epoch-{epoch}")
     tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=90).save_pretrained(tmp_path / "reward")
     posts = [{"subreddit": "x", "title": "a dog", "post": f"my {'cat ' * i}ate."} for i in range(9)]
-    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", settings=run.preset("test"))
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"valid": posts}, Q=80, R=6, seed=1, device="cpu", stop=None, round=1,
+                        settings=run.preset("test"))
     r.settings.sft.epochs = 3
     run.choose_sft(r)
     chosen = json.loads((tmp_path / "sft" / "chosen.json").read_text())
@@ -295,9 +336,41 @@ def test_the_reward_model_chooses_the_checkpoint(enc, tmp_path):
     assert all((a[k] == b[k]).all() for k in a)
 
 
+def test_the_task_says_what_is_written_and_for_which_labeler():
+    """Catches a task that nothing reads: other posts, and the two styles the same stories for another judge."""
+    made = {}
+    for task in ("tldr", "sentiment", "descriptiveness"):
+        s = run.preset("test")
+        s.data.task = task
+        made[task] = run.split_posts(SimpleNamespace(settings=s, posts_file=None, seed=1))["test"]
+    assert [{**p, "task": "descriptiveness"} for p in made["sentiment"]] == made["descriptiveness"] and "task" not in made["tldr"][0]
+
+
+def small(name, **more):
+    """A preset at the sizes of the test preset, which lets it take data and language model from a finished run of that."""
+    s = run.preset(name)
+    for key, value in (run.PRESETS["test"] | {key.replace("__", "."): value for key, value in more.items()}).items():
+        setattr(getattr(s, key.split(".")[0]), key.split(".")[1], value)
+    return s
+
+
+@pytest.mark.parametrize("name, more", [("stiennon", {}), ("instructgpt", {"sft__epochs": 2, "ppo__warmup": 1})])
+def test_every_embedded_preset_runs_end_to_end(finished, tmp_path, name, more):
+    """A few steps of each: choices that do not go together would stop one of its stages. (The default preset's are those of the test preset.)"""
+    s = small(name, **more)
+    without_report(s, tmp_path / "out", finished[0])
+    rows = rows_of(tmp_path / "out" / "evaluation" / "samples.jsonl")
+    assert len(rows) == 12 and any(row["policies"]["ppo"]["kl"] != 0 for row in rows)
+    assert len(rows_of(tmp_path / "out" / "ppo" / "metrics.jsonl")) == 2
+    assert len(list((tmp_path / "out" / "reward").glob("round-*"))) == s.collect.rounds - 1
+
+
 def test_every_preset_builds_and_validates():
-    for name in run.PRESETS:
-        assert run.preset(name).ppo.beta > 0
+    for name, values in run.PRESETS.items():
+        s = run.preset(name)
+        assert all(getattr(getattr(s, key.split(".")[0]), key.split(".")[1]) == value for key, value in values.items())
+    episodes = {name: run.preset(name).ppo.iterations * run.preset(name).ppo.batch for name in run.PRESETS if "-" in name}
+    assert [episodes[name] for name in ("ziegler-774m", "stiennon-1.3b", "instructgpt-1.3b")] == [1999872, 999936, 256000]  # as published
     with pytest.raises(DataError, match="iterations"):
         s = run.preset("tiny").ppo
         s.iterations = 0
@@ -345,7 +418,7 @@ def test_an_interrupted_stage_has_cost_its_time(tmp_path, monkeypatch):
 
     def interrupted(_):
         raise KeyboardInterrupt
-    of = SimpleNamespace(folder=str(tmp_path), enc=None)
+    of = SimpleNamespace(folder=str(tmp_path), enc=None, settings=run.preset("test"))
     monkeypatch.setattr(run, "STAGES", [("sft", "sft/model.safetensors", interrupted)])
     interrupted.__doc__ = "A stage."
     with pytest.raises(KeyboardInterrupt):
@@ -376,9 +449,27 @@ def test_a_base_gives_the_stages_whose_settings_are_the_same(finished, tmp_path)
         assert (files[0] == files[1]) == (name != "ppo"), name
     refused(script("run.py", "--preset", "test", "--base", tmp_path / "no", "--out", tmp_path / "c"), "is not the folder of a run")
     assert not (tmp_path / "c").exists()
+    # only the policy differs: its row is new and belongs to it, the others are the base's
+    base, new = ([json.loads(line) for line in (folder / "evaluation" / "samples.jsonl").open()] for folder in (out, tmp_path / "b"))
+    from sft import open_run
+    r, policy = open_run(str(out)), load_model(str(tmp_path / "b" / "ppo"), "cpu")
+    own = sample_responses(policy, [encode_query(r.enc, row["post"], r.Q) for row in new], r.R, 0, None)
+    for a, b, ids in zip(base, new, own):
+        mine, theirs = b["policies"].pop("ppo"), a["policies"].pop("ppo")
+        assert a == b and mine["text"] == decode_response(r.enc, ids) and mine["kl"] != theirs["kl"]
 
 
-def test_which_stages_a_base_shares(finished):
+def test_an_interrupted_copy_from_a_base_goes_on(finished, tmp_path):
+    """Catches a half-copied folder that stops every later command, and one that counts as whole."""
+    out, config = str(finished[0]), json.loads((finished[0] / "config.json").read_text())
+    (tmp_path / "sft.part").mkdir()
+    (tmp_path / "sft.part" / "model.safetensors").write_bytes(b"half")
+    run.share_stages(out, str(tmp_path), config)
+    assert (tmp_path / "sft" / "model.safetensors").read_bytes() == (finished[0] / "sft" / "model.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.rglob("state.pt")) and list(finished[0].rglob("state.pt"))
+
+
+def test_which_stages_a_base_shares(finished, monkeypatch):
     out, _ = finished
     old = json.loads((out / "config.json").read_text())
 
@@ -402,11 +493,145 @@ def test_which_stages_a_base_shares(finished):
     assert shared(pretrain__lr=1.0) == names[:1] and shared(sft__lr=1.0) == names[:2] and shared(collect__noise=2.0) == names[:3]
     assert shared(reward__lr=1.0) == names[:4] and shared(ppo__beta=1.0) == names[:5] and shared(evaluation__best_of=3) == names[:6]
     assert run.same_stages(out, {**old, "posts": "other.jsonl"}, old) == []
+    assert shared(ppo__stop_token=".") == shared(ppo__truncate_after=3) == names[:3] and shared(ppo__temperature=1.0) == names[:5]
+    scaled = json.loads(json.dumps(old))
+    scaled["settings"]["reward"]["normalise"] = "gain_bias"  # on samples, which depend on the temperature
+    other = json.loads(json.dumps(scaled))
+    other["settings"]["ppo"]["temperature"] = 1.0
+    assert run.same_stages(out, scaled, scaled) == names and run.same_stages(out, scaled, other) == names[:4]
     chosen = json.loads(json.dumps(old))
     chosen["settings"]["sft"]["choose"] = "reward"  # then the SFT model depends on the reward model
     other = json.loads(json.dumps(chosen))
     other["settings"]["reward"]["lr"] = 1.0
+    # all other policies' samples are the base's while nothing before PPO differs, nor how everything is sampled
+    alike = lambda **changes: run.same_but_policy(str(out), {**old, "seed": changes.pop("seed", old["seed"]), "settings": {
+        part: s | {k.split("__")[1]: v for k, v in changes.items() if k.split("__")[0] == part} for part, s in old["settings"].items()}})
+    assert alike() and alike(ppo__beta=1.0) and alike(ppo__lr=1.0, ppo__value="shared")
+    assert not any((alike(reward__lr=1.0), alike(evaluation__best_of=3), alike(ppo__temperature=1.0), alike(ppo__stop_token="."),
+                    alike(ppo__truncate_after=3), alike(seed=9)))
+    monkeypatch.setattr(run, "open_run", lambda _: SimpleNamespace(config=chosen))
+    assert alike(sft__choose="reward") and not alike(sft__choose="reward", ppo__beta=1.0)  # PPO's settings had a say in the SFT model
     assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.open()]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_report(settings, out, base):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run.evaluation, "write_report", lambda *args: None)
+        run.run_pipeline(settings, 1, str(out), "test", str(base), device="cpu")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["batched", "online"])
+def two_rounds(finished, tmp_path_factory, request):
+    """A run whose labels come in two rounds, data and SFT model taken over; and whether PPO goes on between them."""
+    out = tmp_path_factory.mktemp("rounds") / "two"
+    s = small("tiny", collect__rounds=2, collect__online=request.param)
+    without_report(s, out, finished[0])
+    return out, s, request.param
+
+
+def test_labels_of_later_rounds_are_on_the_latest_policy(two_rounds, finished):
+    """Catches posts labelled twice or never, more labels than offline, labels lost or on the first policies again."""
+    out, s, _ = two_rounds
+    rows, offline, earlier = (rows_of(folder / "comparisons.jsonl") for folder in (out, finished[0], out / "reward" / "round-1"))
+    later = rows[len(earlier):]
+    assert rows[:len(earlier)] == earlier and [{r["batch"] for r in part} for part in (earlier, later)] == [{"round-1"}, {"round-2"}]
+    for split in ("train", "valid"):
+        first, second, every = ({r["info"]["id"] for r in part if r["split"] == split} for part in (earlier, later, offline))
+        assert not first & second and first | second == every and len(first) == len(second)
+    names = [{s["policy"] for r in part for s in r["summaries"]} for part in (earlier, later)]
+    assert names == [{"ref", "sft-0.3", "sft-0.5", "pretrained-0.5"}, {"ref", "ppo-1-0.7", "sft-0.5"}]
+    r = SimpleNamespace(folder=str(out), settings=s, round=2, device="cpu")
+    mixture = {name: policy for name, policy, _, _ in run.mixture(r)}
+    assert same(load_model(str(out / "ppo" / "round-1"), "cpu").state_dict(), mixture["ppo-1-0.7"].state_dict())
+    assert sum(n for *_, n in run.mixture(r)) == s.collect.k
+
+
+def test_every_round_trains_its_reward_model_on_all_labels_from_sft(two_rounds, tmp_path):
+    """Catches a reward model that goes on from the last round's, or sees the new labels alone: the same training once more."""
+    import reward
+    out, s, _ = two_rounds
+    for folder, labels in (("reward/round-1", "reward/round-1/comparisons.jsonl"), ("reward", "comparisons.jsonl")):
+        r = open_run(str(out))
+        r.seed = 1
+        torch.manual_seed(1)
+        model = load_model(str(out / "sft"), "cpu", "scalar")
+        train, _, _ = split_comparisons(r.enc, out / labels, r.Q, r.R)
+        reward.train_reward(model, train, reward.normalising_rows(r, s.reward, "cpu"), s.reward, str(tmp_path / folder), 1)
+        assert same(weights(tmp_path / folder), weights(out / folder))
+    assert not same(weights(out / "reward"), weights(out / "reward" / "round-1"))
+
+
+def test_a_later_round_begins_with_sft_or_goes_on(two_rounds):
+    """Batched: a new policy from SFT. Online: one PPO with one plan, another reward model behind the pause."""
+    out, _, online = two_rounds
+    first, last = rows_of(out / "ppo" / "round-1" / "metrics.jsonl"), rows_of(out / "ppo" / "metrics.jsonl")
+    assert [r["step"] for r in last] == [0, 1] and [r["step"] for r in first] == ([0] if online else [0, 1])
+    assert (first[0] == last[0]) == online and last[0]["kl"] < 1e-3
+    assert not same(weights(out / "ppo"), weights(out / "ppo" / "round-1"))
+
+
+def test_rounds_resume_bit_for_bit(two_rounds, tmp_path):
+    """Catches a round that depends on what is not on disk: all but its beginning is lost and made again."""
+    out, s, _ = two_rounds
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    made = ("comparisons.jsonl", "reward/model.safetensors", "ppo/model.safetensors", "ppo/round-1/model.safetensors", "evaluation/samples.jsonl")
+    for name in (*made, "reward/held_out.jsonl", "reward/state.pt", "ppo/state.pt"):
+        os.remove(again / name)
+    without_report(s, again, json.loads((again / "config.json").read_text())["base"])
+    for file in made:
+        assert (again / file).read_bytes() == (out / file).read_bytes(), file
+
+
+def test_label_schedules_by_hand():
+    """Batched: an equal share in each round. Online: Ziegler's, most labels early; all of them when the last reward model is trained."""
+    def shares(**settings):
+        s = CollectSettings(**settings)
+        return [run.label_share(k, s) for k in range(s.rounds + 1)]
+    assert shares() == [0, 1] and shares(rounds=4) == [0, .25, .5, .75, 1]
+    assert shares(rounds=3, online=True) == pytest.approx([0, 1 / 3, 1 / 3 + 2 / 3 * .75, 1])
+    assert shares(rounds=2, online=True) == pytest.approx([0, .5, 1])
+
+
+def test_a_base_with_rounds_is_shared_whole_or_not(two_rounds):
+    """Labels of later rounds depend on what PPO was: another β, and they are others."""
+    out, _, _ = two_rounds
+    old = json.loads((out / "config.json").read_text())
+    new = json.loads(json.dumps(old))
+    assert run.same_stages(out, old, new) == [name for name, _, _ in run.STAGES]
+    new["settings"]["ppo"]["beta"] = 1.0
+    assert run.same_stages(out, old, new) == ["data", "pretrain", "sft"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--rounds", "0"], "rounds"), (["--rounds", "9"], "rounds"), (["--rounds", "3", "--collect.online", "true"], "iterations")])
+def test_rounds_out_of_range_are_refused(tmp_path, monkeypatch, args, says):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--preset", "test", "--out", str(tmp_path / "o"), *args])
+    with pytest.raises(DataError, match=says):
+        run.main()
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("module, args", [("sft", ["--choose", "reward"]), ("reward", ["--loss", "kwise"]), ("ppo", ["--stop_token", "no such token"]),
+                                          ("ppo", ["--truncate_after", "48"])])
+def test_a_stage_alone_is_refused_before_it_writes(finished, tmp_path, monkeypatch, module, args):
+    """Catches a folder that, after a refusal, refuses the corrected command too."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", str(finished[0]), "--out", str(tmp_path / "o"), *args])
+    with pytest.raises(DataError):
+        __import__(module).main()
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp_path):

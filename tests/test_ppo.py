@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from conftest import random_rows, tiny_model
 from safetensors.torch import load_file
 
 import ppo
+import sft
 from data import DataError, pad_rows
 from model import GPT
 from ppo import (AdaptiveKL, FixedKL, PPOSettings, check_ratio, compare_policies, gae, kl_estimates, make_value_model, move_average,
-                 own_kl_advantage, policy_loss, rollout, shaped_rewards, stop_id, truncate, update, value_loss, whiten)
-from sft import make_optimizer, read_metrics, row_loss
+                 own_kl_advantage, policy_loss, rollout, shaped_rewards, update, value_loss, whiten)
+from sft import make_optimizer, read_metrics, row_loss, stop_rule, truncate
 
 ONES = torch.ones(1, 4)
 A = torch.tensor([[.49065, .727, .66, .8]])
@@ -440,16 +442,19 @@ def test_update_brings_values_closer_to_returns(iteration, g):
     assert error(value.values(r.tokens, r.query_lengths, r.lengths, r.mask.shape[1])) < 0.9 * error(r.values)
 
 
-def test_micro_batches_and_recomputing_change_no_gradient(iteration, g):
+def test_micro_batches_and_recomputing_change_no_gradient(iteration, g, monkeypatch):
     """Catches parts of a minibatch that count by their rows and not by their tokens, and a block recomputed differently."""
     policy, _, _, value, s, _, r = iteration
     s.epochs, s.minibatches, s.max_grad_norm, gradients = 1, 2, 1e9, []
-    for micro, recompute in ((0, False), (3, False), (0, True)):
+    s.ptx_coef, s.ptx_ratio, rows, cut = 0.5, 2, random_rows(g, n=9), []
+    monkeypatch.setattr(sft, "row_loss", lambda model, q, *a: (cut.append(len(q)), row_loss(model, q, *a))[1])
+    for micro, recompute in ((0, False), (5, False), (0, True)):
         s.micro, policy.recompute, value.recompute = micro, recompute, recompute
-        stats = update(policy, value, make_optimizer([policy, value], 0.0, 0.0), r, s, torch.Generator().manual_seed(1))
-        gradients.append([torch.tensor([stats["policy_loss"], stats["value_loss"], stats["value_error"]])]
+        stats = update(policy, value, make_optimizer([policy, value], 0.0, 0.0), r, s, torch.Generator().manual_seed(1), (*rows, .3))
+        gradients.append([torch.tensor([stats["policy_loss"], stats["value_loss"], stats["value_error"], stats["ptx_loss"]])]
                          + [p.grad.clone() for model in (policy, value) for p in model.parameters() if p.grad is not None])
-    assert len(r.tokens) // 2 > 3 and len(set(r.mask.sum(1).tolist())) > 1
+    assert cut == [12] * 4 + [5, 5, 2] * 4 + [12] * 4  # PPO-ptx's rows are cut as the episodes are
+    assert len(set(r.mask.sum(1).tolist())) > 1
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -508,8 +513,7 @@ def test_rollout_with_whitened_rewards(iteration):
 def test_rollout_ends_by_the_truncation_rule(iteration):
     """Catches a sampler that stops too early for the rule, a score at another token, and a penalty given to the wrong rows."""
     policy, _, reward, value, s, queries, _ = iteration
-    s.truncate_after = 2
-    r = rollout(policy, tiny_model(seed=8), reward, value, queries * 3, 6, s, 0.3, torch.Generator().manual_seed(7), stop=4)
+    r = rollout(policy, tiny_model(seed=8), reward, value, queries * 3, 6, s, 0.3, torch.Generator().manual_seed(7), stop=(4, 2))
     early = 0
     for b, query in enumerate(queries * 3):
         q, end = len(query), int(r.lengths[b])
@@ -549,7 +553,7 @@ def test_ptx_adds_its_coefficient_times_the_gradient_of_the_pretraining_loss(ite
 def test_ptx_draws_every_row_and_as_many_as_it_says(iteration, g, monkeypatch):
     """Catches a draw that never reaches the last row, rows whose query and response do not belong together, and a wrong number."""
     seen = []
-    monkeypatch.setattr(ppo, "row_loss", lambda model, q, r, w: (seen.append((q, r, w)), row_loss(model, q, r, w))[1])
+    monkeypatch.setattr(sft, "row_loss", lambda model, q, r, w: (seen.append((q, r, w)), row_loss(model, q, r, w))[1])
     queries, responses = [[i, 1] for i in range(5)], [[i, 10] for i in range(5)]
     s = PPOSettings(minibatches=2, epochs=1, ptx_coef=1., ptx_ratio=4)
     gradients_of_one_step(iteration, g, s, (queries, responses, 0.3))
@@ -588,7 +592,7 @@ def test_a_shared_value_head_trains_the_trunk(iteration, g):
     """Catches a head that does not start at 0, value gradients cut off from the policy, and parameters in the optimizer twice."""
     policy, _, reward, _, s, queries, _ = iteration
     s.value = "shared"
-    value = make_value_model(s, "nowhere", policy, "cpu")
+    value = make_value_model(s, "nowhere", "nowhere", policy, "cpu")
     assert value is policy
     r = rollout(policy, tiny_model(seed=8), reward, value, queries, 6, s, 0.3, g)
     assert (r.values == 0).all() and r.values.shape == r.mask.shape
@@ -623,15 +627,15 @@ def run_folder(enc, tmp_path_factory):
     for seed, (stage, head) in enumerate((("sft", "lm"), ("reward", "scalar")), 5):
         model = tiny_model(head, seed, vocab_size=enc.n_vocab, n_positions=80)
         with torch.no_grad():
-            model.wte.weight[[enc.n_vocab - 1, stop_id(enc, "a")]] += 2 * model.ln_f.bias
+            model.wte.weight[[enc.n_vocab - 1, stop_rule(enc, "a", 0, 8)[0]]] += 2 * model.ln_f.bias
         model.save_pretrained(folder / stage)
     return folder
 
 
-def train(run_folder, enc, out, s):
+def train(run_folder, enc, out, s, **more):
     """train_ppo -> weights of policy and value model, metrics, samples."""
     ppo.train_ppo(str(run_folder), enc, POSTS, 70, 8, s, str(out), 0, "cpu", save_every=2,
-                  pretraining=([[1, 2, 3], [2, 2]], [[4, enc.n_vocab - 1], [5, 5]], 0.5))
+                  pretraining=([[1, 2, 3], [2, 2]], [[4, enc.n_vocab - 1], [5, 5]], 0.5), **more)
     rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(out)]
     return [load_file(out / folder / "model.safetensors") for folder in ("", "value")], rows, (out / "samples.jsonl").read_text()
 
@@ -670,7 +674,7 @@ SWITCHES = [  # (what else is set, the switch): PPO computes something else with
     ({"kl_target": .01, "kl_horizon": 20}, {"kl": "adaptive"}), ({"kl": "adaptive", "kl_horizon": 20, "iterations": 3}, {"kl_target": .01}),
     ({"kl": "adaptive"}, {"kl_horizon": 20}), ({}, {"no_eos_score": -3.}), ({}, {"lam": .5}), ({}, {"gamma": .9}), ({}, {"clip": 1e-4}),
     ({"epochs": 2}, {"value_clip": 1e-4}), ({}, {"value_coef": 1.}), ({}, {"temperature": 1.}), ({}, {"max_grad_norm": .01}), ({}, {"epochs": 2}),
-    ({}, {"minibatches": 1}), ({}, {"beta": .5}), ({}, {"lr": 1e-4})]
+    ({}, {"minibatches": 1}), ({}, {"beta": .5}), ({}, {"lr": 1e-4}), ({}, {"value_lr": 1e-4}), ({}, {"schedule": "constant"}), ({}, {"warmup": 2})]
 
 
 @pytest.fixture(scope="module")
@@ -690,6 +694,13 @@ def test_no_switch_is_dead(weights_of, others, switch):
     assert any(not torch.equal(a[name], b[name]) for a, b in zip(before, after) for name in a)
 
 
+def test_gradients_are_not_clipped_at_0(weights_of):
+    """Catches a bound of 0 taken at its word, which would stop all training."""
+    free, wide = weights_of(max_grad_norm=0.), weights_of(max_grad_norm=1e9)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(free, wide) for name in a)
+    assert any(not torch.equal(a[name], b[name]) for a, b in zip(free, weights_of(max_grad_norm=.01)) for name in a)
+
+
 def test_every_setting_has_its_switch_test():
     flipped = {name for _, switch in SWITCHES for name in switch}
     assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch", "micro", "recompute", "snapshots"}
@@ -703,6 +714,51 @@ def test_snapshots_are_the_policy_along_the_way(enc, run_folder, tmp_path):
     half, last = (load_file(tmp_path / "kept" / f"iteration-{i}" / "model.safetensors") for i in (2, 4))
     assert all(torch.equal(kept[name], plain[name]) and torch.equal(kept[name], last[name]) for name in kept)
     assert any(not torch.equal(half[name], last[name]) for name in last)
+
+
+@pytest.mark.parametrize("settings, shares", [
+    (dict(iterations=4), [1, .75, .5, .25]), (dict(iterations=4, schedule="constant"), [1, 1, 1, 1]),
+    (dict(iterations=5, schedule="constant", warmup=3), [.1, .4, .7, 1, 1]), (dict(iterations=4, warmup=2), [.1, .55 * .75, .5, .25])])
+def test_schedules_by_hand(settings, shares):
+    """Catches a warm-up from 0 or of another length, and a line that does not reach 0 behind the last iteration."""
+    assert [ppo.lr_share(i, PPOSettings(**settings)) for i in range(len(shares))] == pytest.approx(shares)
+
+
+def test_each_network_has_its_learning_rate(enc, run_folder, tmp_path, monkeypatch):
+    """Catches rates swapped, a schedule that only one of them follows, and parameters that belong to another model's group."""
+    seen, real = [], ppo.update
+
+    def spy(policy, value, optimizer, *args):
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        seen.append([{rates[id(p)] for p in model.parameters()} for model in (policy, value)])
+        return real(policy, value, optimizer, *args)
+    monkeypatch.setattr(ppo, "update", spy)
+    train(run_folder, enc, tmp_path / "apart", PPOSettings(**PLAIN | dict(iterations=2, lr=1e-3, value_lr=4e-3)))
+    train(run_folder, enc, tmp_path / "alike", PPOSettings(**PLAIN | dict(iterations=2, lr=1e-3)))
+    assert seen == [[{1e-3}, {4e-3}], [{5e-4}, {2e-3}], [{1e-3}, {1e-3}], [{5e-4}, {5e-4}]]
+
+
+def test_the_horizon_is_one_percent_of_the_episodes():
+    """Catches the published constant where a run has other episodes, and a β that one rollout could turn round."""
+    def horizon(**settings):
+        return ppo.make_controller(PPOSettings(kl="adaptive", **settings)).horizon
+    assert horizon(batch=512, iterations=1953) == 9999 and horizon(batch=512, iterations=1953, kl_horizon=7) == 7  # Ziegler's code: 10,000
+    assert horizon(batch=64, iterations=12) == 64 and isinstance(ppo.make_controller(PPOSettings()), FixedKL)
+
+
+def test_ppo_that_pauses_goes_on_as_if_it_had_not(enc, run_folder, tmp_path):
+    """Catches schedules or a prompt plan cut to the first part, and a state that a copy of the folder does not carry; with another
+    reward model behind the pause it becomes another policy."""
+    s = PPOSettings(**EVERYTHING | dict(value="separate"))
+    tiny_model("scalar", 9, vocab_size=enc.n_vocab, n_positions=80).save_pretrained(run_folder / "reward" / "other")
+    whole = train(run_folder, enc, tmp_path / "whole", s)
+    train(run_folder, enc, tmp_path / "part", s, until=2)
+    assert GPT.from_pretrained(tmp_path / "part") and len(read_metrics(tmp_path / "part")) == 2
+    shutil.copytree(tmp_path / "part", tmp_path / "other")
+    rest, other = train(run_folder, enc, tmp_path / "part", s), train(run_folder, enc, tmp_path / "other", s, reward="reward/other")
+    for a, b, c in zip(whole[0], rest[0], other[0]):
+        assert all(torch.equal(a[name], b[name]) for name in a) and any(not torch.equal(a[name], c[name]) for name in a)
+    assert whole[1:] == rest[1:] and whole[1][:2] == other[1][:2] and whole[1][2]["score"] != other[1][2]["score"]
 
 
 def test_adaptive_kl_steers_the_next_rollout(enc, run_folder, tmp_path):
@@ -728,7 +784,7 @@ def test_value_models_start_where_they_should(enc, run_folder):
     models = {}
     for kind in ("separate", "scratch"):
         torch.manual_seed(0)
-        models[kind] = make_value_model(PPOSettings(value=kind), str(run_folder), policy, "cpu").state_dict()
+        models[kind] = make_value_model(PPOSettings(value=kind), str(run_folder / "sft"), str(run_folder / "reward"), policy, "cpu").state_dict()
     assert all(torch.equal(p, reward.state_dict()[name]) for name, p in models["separate"].items())
     assert all(torch.equal(p, models["scratch"][name]) for name, p in policy.state_dict().items())
     assert models["scratch"]["score.weight"].std() > 0.1 and not torch.equal(models["scratch"]["score.weight"], reward.score.weight)
@@ -753,16 +809,17 @@ def test_what_is_saved_as_the_policy(enc, run_folder, tmp_path, value, ema, monk
 
 def test_stop_token_is_one_token(enc, run_folder, tmp_path):
     """Catches a stop text that the vocabulary cannot say in one token, and a window that no response reaches."""
-    assert stop_id(enc, "") == enc.n_vocab - 1 and enc.decode([stop_id(enc, ".")]) == "."
+    assert stop_rule(enc, "", 0, 8) == (enc.n_vocab - 1, 0) and enc.decode([stop_rule(enc, ".", 3, 8)[0]]) == "."
     with pytest.raises(DataError, match="stop_token"):
-        stop_id(enc, "purple banana")
+        stop_rule(enc, "purple banana", 0, 8)
     with pytest.raises(DataError, match="truncate_after"):
         train(run_folder, enc, tmp_path, PPOSettings(truncate_after=8))
 
 
-@pytest.mark.parametrize("bad", [{"kl": "no"}, {"kl_target": 0.}, {"kl_horizon": 0}, {"kl_reward": "k2"}, {"value": "no"}, {"truncate_after": -1},
+@pytest.mark.parametrize("bad", [{"kl": "no"}, {"kl_target": 0.}, {"kl_horizon": 12}, {"kl_horizon": -1}, {"kl_reward": "k2"}, {"value": "no"}, {"truncate_after": -1},
                                  {"ptx_coef": -1.}, {"ptx_ratio": 0}, {"ema": 1.}, {"adam_eps": 0.}, {"adam_beta2": 1.},
-                                 {"kl_reward": "exact", "whiten_rewards": True}])
+                                 {"kl_reward": "exact", "whiten_rewards": True}, {"value_lr": -1.}, {"value_lr": 1e-4, "value": "shared"},
+                                 {"schedule": "cosine"}, {"warmup": -1}])
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(DataError, match=next(iter(bad))):
         PPOSettings(**bad).validate()

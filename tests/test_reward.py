@@ -209,12 +209,16 @@ def test_normalising_rows_are_references_or_samples(enc, g, tmp_path):
     model = tiny_model(vocab_size=enc.n_vocab, n_positions=90)
     model.save_pretrained(tmp_path / "sft")
     config = {"settings": {"ppo": {"temperature": 1e-4}}}
-    run = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"sft": posts}, Q=80, R=6, seed=0, config=config)
+    run = SimpleNamespace(folder=str(tmp_path), enc=enc, posts={"sft": posts}, Q=80, R=6, seed=0, config=config, stop=None)
     queries, references = reward.normalising_rows(run, RewardSettings(), "cpu")
     same, samples = reward.normalising_rows(run, RewardSettings(normalise="gain_bias"), "cpu")
     assert queries == same == [encode_query(enc, p, 80) for p in posts]
     assert references == [encode_response(enc, "good cat", 6)] * 3
     assert samples == sample_responses(model, queries, 6, 0, g) != references  # nearly greedy at this temperature
+    run.stop = samples[0][1], 2  # another token ends a response: samples do, and references have no EOS
+    assert reward.normalising_rows(run, RewardSettings(), "cpu")[1] == [encode_response(enc, "good cat", 6)[:-1]] * 3
+    _, ended = reward.normalising_rows(run, RewardSettings(normalise="gain_bias"), "cpu")
+    assert ended == sample_responses(model, queries, 6, 0, g, stop=run.stop) != samples
 
 
 # --- rankings and choices of the best, from the labeler to the loss
@@ -235,7 +239,7 @@ class Reader:
 
 def asked(enc, texts, labels, monkeypatch, pairs=99):
     """collect() on one post whose samples are given."""
-    monkeypatch.setattr(reward, "sample_responses", lambda *a: [encode_response(enc, t, 20) for t in texts])
+    monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [encode_response(enc, t, 20) for t in texts])
     post = comparison("one", "", "", 0)["info"] | {"summary": "ref aaaaaaa", "facts": {}}
     rows = collect(enc, [post], [("p", None, 1., len(texts))], Reader(), pairs, 80, 20, None, random.Random(0), "train", labels)
     said = [tuple(r["summaries"][k]["text"].strip() for k in (r["choice"], 1 - r["choice"])) for r in rows]
@@ -265,6 +269,19 @@ def test_a_choice_of_the_best_is_its_pairs(enc, monkeypatch):
     pairs, said = asked(enc, ["a", "aaa", "c", "aa"], "pairs", monkeypatch)  # and with pairs, as before, the reference takes part
     assert len(pairs) == 10 and ("ref aaaaaaa", "aaa") in said and len(asked(enc, ["a", "b"], "pairs", monkeypatch, 2)[0]) == 2
     assert asked(enc, ["", ""], "best_of", monkeypatch)[0] == asked(enc, ["a", "a"], "rank", monkeypatch)[0] == []  # nothing to choose
+
+
+def test_samples_without_an_end_are_not_shown(enc, monkeypatch):
+    """Catches labels on what PPO never scores, and samples that did end taken away."""
+    dot, said = enc.encode_ordinary(".")[0], {}
+    monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [enc.encode_ordinary(" " + t) for t in ("a.", "aa", "aaa aaa.", "good good.")])
+    post = comparison("one", "", "", 0)["info"] | {"summary": "bad", "facts": {}, "task": "sentiment"}
+    for stop, task in (((dot, 0), "sentiment"), ((dot, 2), "sentiment"), (None, "tldr")):
+        post["task"] = task
+        rows = collect(enc, [post], [("p", None, 1., 4)], Reader(), 9, 80, 20, None, random.Random(0), "train", "best_of", stop)
+        said[stop] = sorted(r["summaries"][k]["text"].strip() for r in rows for k in (r["choice"], 1 - r["choice"]))
+        assert all(r["info"]["task"] == task for r in rows)
+    assert said[dot, 0] == ["a.", "aaa aaa.", "aaa aaa.", "good good."] and said[dot, 2] == ["aaa aaa.", "good good."] and len(said[None]) == 6
 
 
 UNEVEN = [{"query": [1, 2, 3], "responses": [[4, 10], [5, 6, 10], [7, 10]], "pairs": [(1, 0), (1, 2)]},
@@ -349,7 +366,7 @@ SWITCHES = {"loss": "kwise", "group": False, "normalise": "gain_bias", "lr": 1e-
 @pytest.mark.parametrize("switch, value", [*SWITCHES.items(), ("loss", "best_of")])
 def test_no_switch_is_dead(g, tmp_path, switch, value):
     """Catches a setting that nothing reads: other weights than without it, on posts with two and three summaries."""
-    assert set(SWITCHES) == {f.name for f in dataclasses.fields(RewardSettings)}
+    assert set(SWITCHES) | {"micro", "recompute"} == {f.name for f in dataclasses.fields(RewardSettings)}
     rows, weights = random_rows(g, n=8), []
     for name, flipped in (("off", {}), ("on", {switch: value})):
         model = tiny_model("scalar")
@@ -361,7 +378,9 @@ def test_no_switch_is_dead(g, tmp_path, switch, value):
 
 @pytest.mark.parametrize("settings, says", [
     (RewardSettings(loss="elo"), "loss"), (RewardSettings(normalise="no"), "normalise"), (RewardSettings(loss="kwise", group=False), "group"),
-    (CollectSettings(labels="elo"), "labels"), (CollectSettings(k=1), "k must"), (CollectSettings(tie=-1.), "tie")])
+    (CollectSettings(labels="elo"), "labels"), (CollectSettings(k=1), "k must"), (CollectSettings(tie=-1.), "tie"),
+    (CollectSettings(rounds=0), "rounds"), (CollectSettings(rounds=501), "rounds"), (CollectSettings(online=True), "online"),
+    (CollectSettings(k_min=1), "k_min"), (CollectSettings(k_min=5), "k_min"), (RewardSettings(micro=-1), "micro")])
 def test_settings_out_of_range_are_refused(settings, says):
     with pytest.raises(DataError, match=says):
         settings.validate()
@@ -394,3 +413,69 @@ def test_sample_responses_keeps_the_order(g):
     drawn = sample_responses(model, queries, 6, 1.0, g, n=2)
     assert len(drawn) == 18 and any(a != b for a, b in zip(drawn[::2], drawn[1::2]))
     assert all(len(r) == 6 or r[-1] == 10 for r in drawn)
+
+
+def test_samples_end_by_the_truncation_rule(g):
+    """Catches labels given to other responses than PPO's: a rule that is not passed on, or counts from another query's end."""
+    model, (queries, _) = tiny_model(seed=3), random_rows(g, n=20)
+    every = sample_responses(model, queries, 6, 1.0, g, n=3, batch=24, stop=(4, 2))
+    assert all(4 not in y[2:-1] and (len(y) == 6 or len(y) > 2 and y[-1] == 4) for y in every)
+    assert any(4 in y[:2] for y in every) and 5 < sum(y[-1] == 4 and len(y) < 6 for y in every) and any(10 in y for y in every)
+    whole, cut = (sample_responses(model, queries, 6, 1.0, g.manual_seed(5), n=2, stop=stop) for stop in ((10, 5), (4, 1)))
+    ends = [next((i + 1 for i in range(1, 6) if y[i] == 4), 6) for y in whole]  # the same draws, ended by hand
+    assert cut == [y[:end] for y, end in zip(whole, ends)] and min(ends) < 6 < sum(len(y) == 6 for y in whole)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "best_of", "kwise"])
+def test_micro_batches_and_recomputing_change_no_gradient(loss):
+    """Catches parts of a batch that count by their posts where the loss is a mean over pairs, or the other way round."""
+    part = UNEVEN + [{"query": [7, 7], "responses": [[1, 10], [2, 10], [8, 10]], "pairs": [(0, 1), (0, 2)]}, UNEVEN[1]]
+    results = []
+    for micro, recompute in ((0, False), (1, False), (3, False), (0, True)):
+        model = tiny_model("scalar")
+        model.recompute = recompute
+        value, accuracy = reward.backward_groups(model, part, loss, micro)
+        results.append([torch.tensor([value, accuracy])] + [p.grad for p in model.parameters()])
+    whole = group_loss(score_responses(tiny_model("scalar"), [g["query"] for g in part], [g["responses"] for g in part]), part, loss)
+    assert results[0][0][0].item() == pytest.approx(whole.item(), abs=1e-5)
+    chosen, rejected = score_groups(tiny_model("scalar"), part)
+    assert results[0][0][1].item() == pytest.approx((chosen > rejected).float().mean().item())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_recomputing_keeps_fewer_activations():
+    saved = []
+    for recompute in (False, True):
+        sizes, model = [], tiny_model("scalar")
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            score_responses(model, [[1, 2, 3]] * 4, [[[4, 10], [5, 10]]] * 4)
+        saved.append(sum(sizes))
+    assert saved[1] < .5 * saved[0]
+
+
+def test_a_labeler_is_shown_between_k_min_and_k(enc, monkeypatch):
+    """Catches a number that is always the same, candidates that come twice, and a reference that takes a sample's place."""
+    texts, sizes, firsts = ["a" * i for i in range(1, 7)], set(), set()
+    for seed in range(40):
+        monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [encode_response(enc, t, 20) for t in texts])
+        post = comparison("one", "", "", 0)["info"] | {"summary": "ref", "facts": {}}
+        rows = collect(enc, [post], [("p", None, 1., 6)], Reader(), 9, 80, 20, None, random.Random(seed), "train", "rank", k_min=3, batch="b")
+        shown = {s["text"].strip() for r in rows for s in r["summaries"]}
+        assert len(rows) == math.comb(len(shown), 2) and shown <= set(texts) and {r["batch"] for r in rows} == {"b"}
+        sizes.add(len(shown))
+        firsts |= shown
+    assert sizes == {3, 4, 5, 6} and firsts == set(texts)
+
+
+def test_a_comparison_of_articles_has_their_format(enc):
+    """Catches the lead of a TL;DR in front of an article's summary."""
+    info = {"id": "1", "title": "", "post": "My cat ate.", "task": "cnndm"}
+    comparisons = [{"info": info, "summaries": [{"text": " cat"}, {"text": "dog"}], "choice": 0}]
+    (group,) = group_by_post(enc, comparisons, 90, 20)
+    assert enc.decode(group["query"]) == "Article:\nMy cat ate.\n\nTL;DR:\n" and [enc.decode(r[:-1]) for r in group["responses"]] == ["cat", "dog"]
+    del info["task"]
+    info["subreddit"] = "x"
+    assert [enc.decode(r[:-1]) for r in group_by_post(enc, comparisons, 90, 20)[0]["responses"]] == [" cat", " dog"]

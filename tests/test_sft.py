@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,9 @@ def test_evaluate_lm_is_a_mean_over_all_response_tokens(g):
     model, (queries, responses) = tiny_model(), random_rows(g)
     every = [nats(model, q + r, i) for q, r in zip(queries, responses) for i in range(len(q), len(q) + len(r))]
     assert evaluate_lm(model, queries, responses, batch=2) == pytest.approx(sum(every) / len(every), abs=1e-5)
+    of_queries = [nats(model, q, i) for q in queries for i in range(1, len(q))]  # nothing predicts a query's first token
+    weighted = (sum(every) + 0.3 * sum(of_queries)) / (len(every) + 0.3 * len(of_queries))
+    assert evaluate_lm(model, queries, responses, 0.3, batch=2) == pytest.approx(weighted, abs=1e-5) != pytest.approx(sum(every) / len(every))
 
 
 def test_cosine():
@@ -205,6 +209,17 @@ def test_no_switch_is_dead(g, tmp_path, monkeypatch, switch):
     assert not torch.equal(*results)
 
 
+def test_no_epoch_leaves_the_model_as_it_is(g, tmp_path):
+    """Catches a preset without SFT that starts from another model than the language model."""
+    rows, model = random_rows(g, n=5), tiny_model()
+    loss = train_lm(model, rows, rows, SFTSettings(epochs=0), str(tmp_path), 0)
+    kept = GPT.from_pretrained(str(tmp_path))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*(m.parameters() for m in (tiny_model(), model, kept))))
+    assert loss == sft.evaluate_lm(tiny_model(), *rows) and [row["step"] for row in sft.read_metrics(tmp_path)] == [0]
+    with pytest.raises(DataError, match="nothing to choose"):
+        SFTSettings(epochs=0, choose="loss").validate()
+
+
 def test_micro_batches_and_recomputing_change_no_gradient(g):
     """Catches parts of a batch that count by their rows and not by their weighted tokens, and blocks recomputed differently."""
     queries, responses = random_rows(g, n=7, query=(3, 9), response=(1, 7))
@@ -212,7 +227,7 @@ def test_micro_batches_and_recomputing_change_no_gradient(g):
     for more in ({}, {"micro": 3}, {"recompute": True}, {"micro": 1, "recompute": True}):
         model, s = tiny_model(), SFTSettings(query_weight=.3, **more)
         model.recompute = s.recompute
-        loss = sft.backward_rows(model, queries, responses, s)
+        loss = sft.backward_rows(model, queries, responses, s.query_weight, s.micro)
         results.append([torch.tensor(loss)] + [p.grad for p in model.parameters()])
     torch.testing.assert_close(results[0][0], row_loss(tiny_model(), queries, responses, .3), atol=1e-6, rtol=0)
     for other in results[1:]:
@@ -237,8 +252,8 @@ def test_recomputing_keeps_fewer_activations(g, tmp_path):
 
 
 def test_settings_out_of_range_are_refused():
-    assert set(SWITCHES) | {"micro", "recompute"} == {f.name for f in dataclasses.fields(SFTSettings)}
-    for bad in ({"dropout": 1.}, {"dropout": -.1}, {"choose": "best"}):
+    assert set(SWITCHES) | {"micro", "recompute", "mix"} == {f.name for f in dataclasses.fields(SFTSettings)}
+    for bad in ({"dropout": 1.}, {"dropout": -.1}, {"choose": "best"}, {"mix": 1.}):
         with pytest.raises(DataError, match=next(iter(bad))):
             SFTSettings(**bad).validate()
 
@@ -303,3 +318,10 @@ def test_state_goes_out_and_in(g, tmp_path):
     for models in ([wide], [tiny_model("scalar")], lm_only):
         with pytest.raises(DataError, match="another shape"):
             load_state(tmp_path, models, make_optimizer(models, 1e-3, 0.0), g)
+
+
+def test_pretraining_rows_are_the_share_of_all_that_it_says():
+    """Catches a share of the fine-tuning rows taken for one of all: 10 % of all is a ninth of the others."""
+    run = SimpleNamespace(posts={"sft": list(range(90)), "pretrain": list(range(1000, 2000))})
+    assert sft.sft_posts(run, SFTSettings()) == run.posts["sft"]
+    assert sft.sft_posts(run, SFTSettings(mix=.1)) == run.posts["sft"] + list(range(1000, 1010))

@@ -176,6 +176,117 @@ def test_facts_stand_in_the_post():
         assert all(re.search(rf"\b{value}\b", p["post"]) for value in p["facts"].values())
 
 
+# --- stories (Ziegler's stylistic continuation)
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """Stories with their own continuation cut to two or three sentences, which is about what 24 tokens hold."""
+    def cut(p, i):
+        return {**p, "summary": ".".join(p["summary"].split(".")[:2 + i % 2]) + "."}
+    return [cut(p, i) for i, p in enumerate(world.make_posts(300, 0, "test", task="sentiment"))]
+
+
+def of(task, stories):
+    return [{**p, "task": task} for p in stories]
+
+
+def unhappy(p):
+    return "it made {who} very sad. {who} blamed {whom} for the {thing}. {who} lost the money at the {place}.".format(**p["facts"])
+
+
+def stranger(p):
+    return next(name for name in world.SLOTS["name"] if name not in p["facts"].values())
+
+
+@pytest.mark.parametrize("task", world.STYLES)
+def test_a_continuation_in_the_style_beats_the_story_s_own(stories, task):
+    assert win_rate(of(task, stories), world.full_continuation) >= 0.95
+
+
+CHEATS = {
+    "salad": lambda p: " ".join(random.Random(p["id"]).sample(world.full_continuation(p).split(), len(world.full_continuation(p).split()))),
+    "adjectives": lambda p: "happy glad cheerful proud kind gentle red round soft wet " * 2,
+    "one sentence repeated": lambda p: " ".join([world.full_continuation(p).split(".")[0] + "."] * 3),
+    "pasted story": lambda p: p["post"],
+    "last sentences again": lambda p: ".".join(p["post"].split(".")[-4:]).strip(),
+    "empty": lambda p: "",
+    "breaks off": lambda p: " ".join(world.full_continuation(p).split()[:4]),
+    "a stranger": lambda p: re.sub(rf"\b{p['facts']['who']}\b|\b{p['facts']['thing']}\b", lambda m: stranger(p) if m.group() == p["facts"]["who"] else
+                                   next(v for v in world.SLOTS["object"] if v != m.group()), world.full_continuation(p)),
+    "elsewhere": lambda p: world.full_continuation(with_facts(p, place=next(v for v in world.SLOTS["place"] if v != p["facts"]["place"]))),
+}
+
+
+@pytest.mark.parametrize("task", world.STYLES)
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_no_cheap_trick_passes_for_style(stories, cheat, task):
+    assert win_rate(of(task, stories), CHEATS[cheat]) < 0.5
+
+
+def test_each_style_is_its_own(stories):
+    """Catches kinds credited to the other style, and the sign of an unhappy one."""
+    assert win_rate(stories, unhappy) < .05
+    for p in of("sentiment", stories[:50]):
+        physical = world.full_continuation({**p, "task": "descriptiveness"})
+        assert world.utility(p, physical) <= 0 and world.utility({**p, "task": "descriptiveness"}, world.full_continuation(p)) <= 0
+
+
+def test_style_utility_by_hand():
+    facts = {"who": "anna", "whom": "ben", "place": "gym", "thing": "ring"}
+    happy = {"task": "sentiment", "facts": facts, "post": "one day anna met ben at the gym. it made ben very proud."}
+    physical = {**happy, "task": "descriptiveness"}
+    u = world.utility
+    assert u(happy, "It made Anna very happy. Ben thanked Anna for the ring. Anna won a prize at the gym.") == 3
+    assert u(happy, "it made anna very happy. ben felt glad all day long.") == 1  # one kind
+    assert u(happy, "it made anna very sad. anna won a prize at the gym.") == 0
+    assert u(happy, "it made ben very sad. ben was very rude to anna. the ring fell and broke to pieces.") == -3
+    assert u(happy, "it made ben very proud.") == -1 - .5  # the story said so already: nothing new
+    assert u(happy, "ben felt glad all day long. ben felt glad all day long.") == 1 - .5
+    assert u(happy, "it made rosa very happy.") == 1 - 3 and u(happy, "anna won a prize at the park.") == 1 - 3
+    assert u(happy, "anna thanked anna for the ring.") == 1 - 3
+    assert u(happy, "it made anna very happy purple banana") == pytest.approx(1 - .6)
+    assert u(happy, "happy anna proud") == pytest.approx(-1 - .9) and u(happy, "") == -1
+    assert u(happy, "then anna went back to the gym.") == 0
+    assert u(physical, "the gym smelled of soap. the ring was red and flat. the floor of the gym was wet.") == 3
+    assert u(physical, "the camera was red and flat.") == 1 - 3 and u(happy, "the gym smelled of soap.") == 0
+
+
+def test_judge_reads_every_sentence_of_a_story():
+    for p in world.make_posts(300, 3, "pretrain", task="sentiment"):
+        whole = world.style_tally({**p, "post": ""}, p["post"] + " " + p["summary"])
+        assert (whole["unaccounted"], whole["contradictions"], whole["repetitions"]) == (0, 0, 0), p
+        assert all(re.search(rf"\b{value}\b", p["post"]) for value in p["facts"].values())
+
+
+def test_stories_keep_their_mood_and_their_eye():
+    """Catches a continuation drawn apart from its beginning: then nothing of either style could be told from the query."""
+    for task in world.STYLES:
+        made = world.make_posts(700, 4, "x", task=task)
+        begins, goes_on = ([world.utility({**p, "post": ""}, p[part]) for p in made] for part in ("post", "summary"))
+        assert np.corrcoef(begins, goes_on)[0, 1] > .1  # of stories drawn apart it is 0 ± .04
+    a, b = (world.make_posts(50, 1, split, task="sentiment") for split in "xy")
+    assert a == world.make_posts(50, 1, "x", task="sentiment") and not {p["post"] for p in a} & {p["post"] for p in b}
+    assert all(world.in_task(p) for p in a)
+
+
+@pytest.mark.parametrize("task", world.STYLES)
+def test_labelers_of_a_style(stories, task):
+    """Catches a labeler who judges stories as summaries, and dials that do not reach him: one kind apart is σ(1), noise, sign and copying."""
+    made, best = of(task, stories), world.full_continuation
+    fresh = [p for p in made if world.utility(p, best(p)) == 3]  # nothing of it stands in the story
+    less = lambda p: " ".join(best(p).split(".")[i].strip() + "." for i in (0, 1)) + " nobody at the {place} said a word.".format(**p["facts"])
+    fresh = [p for p in fresh if world.utility(p, less(p)) == 2]
+    assert agreement(world.Labeler(task, noise=1.0, spread=0.0), fresh, best, less, 2000) == pytest.approx(0.731, abs=0.035)
+    assert agreement(world.Labeler(task, noise=.01), fresh, best, less, 200) == 1
+    assert agreement(world.Labeler(task, noise=.01, flipped=True), fresh, best, less, 200) == 0
+    assert agreement(world.Labeler(task, noise=.1, copy_bias=20.), fresh, lambda p: p["post"], best, 200) > .95
+    people = world.Labeler(task, seed=3)
+    assert set(people.weights[0]) == set(world.STYLES[task]) and people.weights[0] != people.weights[1]
+    four = [best(fresh[0]), less(fresh[0]), "", "purple banana"]
+    assert world.Labeler(task, noise=.01).rank(fresh[0], four)[0] == [0, 1, 2, 3] and world.Labeler(task, noise=.01).best_of(fresh[0], four[::-1])[0] == 3
+
+
 # --- the second world
 
 

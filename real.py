@@ -1,0 +1,202 @@
+"""
+Real data in place of the embedded world: people's posts, articles or books, their comparisons or labels, GPT-2's vocabulary and weights.
+
+References: Stiennon 2020 appendices A to C (TL;DR, CNN/DM); Ziegler 2019 §3 (continuing excerpts of books).
+
+    python run.py --preset small-real --posts posts.jsonl --comparisons comparisons.jsonl --text books
+    python run.py --preset gpt2-sentiment --text books --labels offline_5k.json
+
+run.py's first stage calls split_posts() or split_excerpts(), its fourth read_comparisons(); all other stages see what the embedded
+world would have left.
+A post that is tested on is never trained on: two rows are about the same post where their ids or their texts are equal.
+"""
+import hashlib
+import itertools
+import json
+import os
+import random
+
+from corpus import book_text, excerpts, filter_tldr, held_out_text, stored_text, text_files
+from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, post_key, query_text, train_bpe
+from download import GPT2_FILES, fetch
+from model import read_config
+
+FILES = {  # option of run.py: what it is
+    "posts": "JSON lines with subreddit, title, post, summary, or articles (CSV or JSON lines), instead of the embedded world",
+    "comparisons": "human comparisons in OpenAI's format; goes with --posts",
+    "prompts": "more posts, with or without summaries, as prompts of PPO (default: the posts that are trained on)",
+    "test_posts": "posts to test on, never trained on (default: an eighth of --posts, at most data.test)",
+    "text": "text files or a folder of them (.txt, .txt.gz): pretraining reads them too; a continuation task cuts its queries from them",
+    "labels": "4-way labels in Ziegler's format, for a continuation task",
+}
+CONTINUATIONS = ("sentiment", "descriptiveness")
+
+
+def check_files(files, task):
+    """Which files belong together, and that they exist."""
+    given = {name for name, value in files.items() if value}
+    for name in sorted(given):
+        for file in files[name] if name == "text" else [files[name]]:
+            if not (os.path.exists if name == "text" else os.path.isfile)(file):
+                raise DataError(f"{file} does not exist")
+    if task in CONTINUATIONS:
+        if given and given != {"text", "labels"}:
+            raise DataError(f"task {task} takes --text and --labels, and no other files: excerpts of the text are its queries")
+    elif "labels" in given:
+        raise DataError(f"--labels goes with the tasks {' and '.join(CONTINUATIONS)}, not with {task}; try --task sentiment")
+    elif {"posts", "comparisons"} - given and given:
+        raise DataError("--posts and --comparisons go together, and the other files with them: only the embedded world has labelers of its own")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vocabulary and weights that were made elsewhere
+
+def vocabulary(model, texts):
+    """GPT-2's encoding where settings of the model ask for it or for its weights; else one trained on texts."""
+    if model.vocab or model.init:
+        own = [name for name in (model.vocab, model.init) if os.path.isdir(name) and any(
+            os.path.exists(os.path.join(name, file)) for file in ("vocab.json", "encoder.json"))]
+        if model.vocab not in ("", "gpt2") and model.vocab not in own:
+            raise DataError(f"{model.vocab} holds no vocabulary: encoder.json and vocab.bpe, or vocab.json and merges.txt")
+        return gpt2_encoding(own[0] if own and model.vocab != "gpt2" else None)
+    return train_bpe(texts, model.vocab_size)
+
+
+def init_config(init):
+    """GPTConfig of a folder, or of one of OpenAI's sizes, whose config.json is fetched where it is not yet there."""
+    if not os.path.isdir(init) and init not in GPT2_FILES:
+        raise DataError(f"{init} is neither a folder with weights nor one of {', '.join(GPT2_FILES)}")
+    path = os.path.join(init, "config.json") if os.path.isdir(init) else fetch(f"{init}/config.json")
+    try:
+        with open(path) as f:
+            return read_config(json.load(f), path)
+    except FileNotFoundError:
+        raise DataError(f"{init} holds no config.json and so no model in Hugging Face's layout") from None
+    except (ValueError, AttributeError) as e:
+        raise DataError(f"{path}: {e}" if path not in str(e) else str(e)) from None
+
+
+def check_init(init, enc, Q, R):
+    """Whether these weights fit this vocabulary and rows of Q + R tokens. -> their GPTConfig"""
+    c, file = init_config(init), os.path.join(init, "vocab.json")
+    if c.vocab_size != enc.n_vocab or c.eos != enc.n_vocab - 1:
+        raise DataError(f"the weights in {init} have {c.vocab_size} tokens and end texts with {c.eos}, the vocabulary has {enc.n_vocab} and "
+                        f"ends them with {enc.n_vocab - 1}: name the vocabulary that they were trained with by --vocab")
+    if os.path.exists(file) and gpt2_encoding(init)._mergeable_ranks != enc._mergeable_ranks:
+        raise DataError(f"the vocabulary is not the one of {file}: its ids would mean other texts to the weights in {init}")
+    if Q + R > c.n_positions:
+        raise DataError(f"queries of {Q} and responses of {R} tokens need {Q + R} positions, the weights in {init} have {c.n_positions}: "
+                        "lower model.max_query or model.max_response")
+    return c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# posts
+
+def names_of(post):
+    """What tells that two rows are about the same post: an id, unless we made it up, and the text, blanks apart."""
+    text = hashlib.sha256(" ".join(post["post"].split()).encode()).hexdigest()
+    made_up = not post.get("id") or post["id"].startswith("line-")
+    return {text} if made_up else {text, post["id"]}
+
+
+def without(posts, others):
+    """The posts that none of the others is about."""
+    names = set().union(*map(names_of, others))
+    return [post for post in posts if not names & names_of(post)]
+
+
+def read_posts(run):
+    """Every post of --posts, in an order drawn from the seed."""
+    posts, skipped = load_posts(run.files["posts"], run.settings.data.task)
+    print(f"{run.files['posts']}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
+    if len(posts) < 8:
+        raise DataError(f"{run.files['posts']} has {len(posts)} usable posts; at least 8 are needed")
+    for post in posts:
+        post.pop("facts", None)  # the gold judge speaks of its own world only
+    random.Random(run.seed).shuffle(posts)
+    return posts
+
+
+def split_posts(run):
+    """-> encoding, {split: posts}. What is tested on is in no other split, and the vocabulary is not trained on it."""
+    s, files, posts = run.settings.data, run.files, read_posts(run)
+    held = max(1, min(s.test, len(posts) // 8))
+    parts = {"test": load_posts(files["test_posts"], s.task)[0][:s.test] if files["test_posts"] else posts[:held]}
+    posts = without(posts[0 if files["test_posts"] else held:], parts["test"])
+    parts |= {"valid": posts[:held], "train": without(posts[held:], posts[:held])}
+    enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
+    for name in parts if s.filter else ():
+        parts[name], dropped = filter_tldr(parts[name], enc)
+        print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {', '.join(f'{n} {rule}' for rule, n in dropped.items() if n)}")
+    splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
+    if files["prompts"]:
+        splits["prompts"] = without(load_posts(files["prompts"], s.task, need_summary=False)[0], splits["test"] + splits["valid"])
+    for name, part in splits.items():
+        if not part:
+            raise DataError(f"no post is left for {name} once those that are tested on are taken out; more posts are needed")
+    return enc, splits
+
+
+def text_of(post):
+    return query_text(post) + " " + post["summary"]
+
+
+def sample_texts(files, pieces=30):
+    """The first 2 MB or so of every text, to train a vocabulary on."""
+    return [piece for path in files["text"] or () for file in text_files(path) for piece in itertools.islice(book_text(file), pieces)]
+
+
+def split_excerpts(run):
+    """-> encoding, {split: posts}: excerpts of the texts to continue, what follows in the book as the reference. Held-out text is tested on."""
+    s, files, task = run.settings.data, run.files, TASKS[run.settings.data.task]
+    enc = vocabulary(run.settings.model, sample_texts(files))
+    rows, splits = stored_text(os.path.join(run.folder, "tokens"), files["text"], enc, 2 * task.Q), {}
+    for names, part, n in ((("test", "valid"), held_out_text(rows)[1], 2 * s.test), (("pretrain",), held_out_text(rows)[0], max(s.pretrain, s.sft))):
+        posts = [p for p in excerpts(rows.take(part), enc, n, run.seed, s.task) if p["summary"].strip()]
+        if len(posts) < 2:
+            raise DataError(f"the texts hold {len(posts)} excerpts for {' and '.join(names)}; more text is needed")
+        splits |= {name: [{**p, "id": f"{name}-{p['id']}"} for p in posts[i::len(names)]] for i, name in enumerate(names)}
+    return enc, splits | {"pretrain": splits["pretrain"][:s.pretrain], "sft": splits["pretrain"][:s.sft]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# comparisons
+
+def labels_as_comparisons(labels, enc, task, rng):
+    """Ziegler's 4-way labels as texts in OpenAI's comparison format: the best against each other sample, in random order. As texts they
+    serve any vocabulary; group_by_post makes one choice of the best of them again."""
+    rows = []
+    for i, label in enumerate(labels):
+        info = {"id": f"label-{i}", "subreddit": "", "title": "", "post": enc.decode(label["query"]), "task": task}
+        texts = [enc.decode(ids).strip() for ids in label["samples"]]
+        best = texts[label["best"]]
+        for other in dict.fromkeys(text for text in texts if text != best and text and best):
+            choice = rng.randrange(2)
+            rows.append({"info": info, "summaries": [{"text": " " + t, "policy": "label"} for t in ((best, other), (other, best))[choice]],
+                         "choice": choice, "worker": None, "batch": "labels", "extra": {"confidence": None}})
+    return rows
+
+
+def read_comparisons(run, enc):
+    """The comparisons of --comparisons or --labels."""
+    files, task = run.files, run.settings.data.task
+    if files["comparisons"]:
+        comparisons, skipped = load_comparisons(files["comparisons"], "cnndm-transfer" if task == "tldr" else task)
+        print(f"{files['comparisons']}: {len(comparisons)} comparisons, {skipped} more skipped because a text is empty or nothing was chosen")
+        return comparisons
+    labels, skipped = load_labels(files["labels"])  # in GPT-2's ids, whatever the run's own vocabulary is
+    print(f"{files['labels']}: {len(labels)} labels, {skipped} more skipped because a text is empty")
+    gpt2 = enc if enc.n_vocab == 50257 else gpt2_encoding()
+    return labels_as_comparisons(labels, gpt2, task, random.Random(run.seed))
+
+
+def split_comparisons_by_post(comparisons, tested, rng):
+    """Give each comparison its split, in place. Several share a post: a fifth of the posts is held out, and every one of `tested`."""
+    names = set().union(*map(names_of, tested))
+    keys = sorted({post_key(c["info"]) for c in comparisons})
+    rng.shuffle(keys)
+    held_out = set(keys[:max(1, len(keys) // 5)])
+    for c in comparisons:
+        c["split"] = "valid" if post_key(c["info"]) in held_out or names & names_of(c["info"]) else "train"
+        c["info"].pop("facts", None)

@@ -1,0 +1,300 @@
+"""Real data: what is tested on is never trained on, labels keep their meaning, weights and vocabulary agree, what cannot fit is refused."""
+import gzip
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+import corpus
+import data
+import estimate
+import evaluation
+import real
+import reward
+import run
+import sft
+from data import DataError
+
+RNG = random.Random(0)
+WORDS = "my cat ran to the office and slept all day . it was mine ; she said yes".split()
+
+
+def words(n):
+    return " ".join(RNG.choice(WORDS) for _ in range(n))
+
+
+def post(i, **changes):
+    return {"id": f"t3_{i}", "subreddit": "tifu", "title": f"number {i}", "post": f"story {i} {words(20)}", "summary": words(6)} | changes
+
+
+def comparison(info, i=0):
+    return {"info": {k: info[k] for k in ("id", "subreddit", "title", "post")}, "summaries": [{"text": f" a {i}", "policy": "x", "note": "n"},
+            {"text": f" b {i}", "policy": "y"}], "choice": i % 2, "worker": "w", "batch": "b", "split": "s", "extra": {"confidence": 3, "other": 1}}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def a_run(tmp_path, task="tldr", name="test", **files):
+    settings = run.preset(name)
+    settings.data.task, settings.model.vocab_size = task, 300
+    return SimpleNamespace(folder=str(tmp_path / "run"), settings=settings, seed=1, device="cpu", real=True,
+                           files={key: files.get(key) for key in real.FILES})
+
+
+@pytest.fixture
+def book(tmp_path):
+    (tmp_path / "books").mkdir()
+    for name in "ab":
+        (tmp_path / "books" / f"{name}.txt").write_text("\n".join(words(9) + "." for _ in range(1000)))
+    return str(tmp_path / "books")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+def test_no_post_that_is_tested_on_is_trained_on(tmp_path):
+    """Catches a test post that comes back under its id, under its text with other blanks, as a prompt, or in another split."""
+    posts, tests = [post(i) for i in range(40)], [post(100 + i) for i in range(6)]
+    again = [{**tests[0], "post": "another text"}, {**tests[1], "id": "other", "post": tests[1]["post"].replace(" ", " \n")}]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts + again), test_posts=write(tmp_path / "t.jsonl", tests),
+              prompts=write(tmp_path / "q.jsonl", [{**p, "summary": ""} for p in posts + tests]))
+    enc, splits = real.split_posts(r)
+    assert set(splits) == {"test", "valid", "pretrain", "sft", "prompts"} and splits["test"] == tests
+    assert len(splits["valid"]) == 5 and len(splits["pretrain"]) == 35 and len(splits["prompts"]) == 35
+    held = {p["id"] for p in splits["test"] + splits["valid"]} | {"other"}
+    assert not held & {p["id"] for name in ("pretrain", "sft", "prompts") for p in splits[name]}
+    r.files["test_posts"] = None
+    splits = real.split_posts(r)[1]
+    assert len(splits["test"]) == 5 and not {p["id"] for p in splits["test"]} & {p["id"] for p in splits["valid"] + splits["pretrain"]}
+    made_up = [{"id": "line-1", "post": "x"}, {"id": "line-1", "post": "y"}]  # ids that we gave are no proof
+    assert real.without(made_up[:1], made_up[1:]) == made_up[:1] and real.without(made_up, made_up) == []
+
+
+def test_comparisons_are_split_by_post_and_tested_posts_are_held_out():
+    posts = [post(i) for i in range(20)]
+    rows = [comparison(posts[i % 20], i) for i in range(60)]
+    rows[3]["info"]["id"] = None  # the same post as its neighbours, known by its text
+    real.split_comparisons_by_post(rows, [{**posts[i], "id": "other" if i == 3 else posts[i]["id"]} for i in (3, 4, 5)], random.Random(0))
+    splits = {i: {row["split"] for row in rows[i::20]} for i in range(20)}
+    assert all(splits[i] == {"valid"} for i in (3, 4, 5)) and all(len(s) == 1 for i, s in splits.items())
+    assert 4 <= sum(s == {"valid"} for s in splits.values()) <= 8
+    assert rows[0]["summaries"][0]["note"] == "n" and rows[0]["worker"] == "w"
+
+
+def test_the_filter_drops_what_the_paper_drops(tmp_path):
+    posts = [post(i, subreddit="tifu" if i % 2 else "elsewhere", summary=words(30)) for i in range(60)]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts))
+    r.settings.model.vocab_size = 600
+    assert {p["subreddit"] for p in real.split_posts(r)[1]["pretrain"]} == {"tifu", "elsewhere"}
+    r.settings.data.filter = True
+    assert {p["subreddit"] for p in real.split_posts(r)[1]["pretrain"]} == {"tifu"}
+
+
+@pytest.mark.parametrize("task, given, says", [
+    ("tldr", ["posts"], "--comparisons"), ("tldr", ["text"], "--posts"), ("tldr", ["posts", "comparisons", "labels"], "--task sentiment"),
+    ("sentiment", ["text"], "--labels"), ("sentiment", ["posts", "comparisons"], "--text and --labels")])
+def test_files_that_do_not_go_together(tmp_path, task, given, says):
+    file = write(tmp_path / "f", [{}])
+    with pytest.raises(DataError, match=says):
+        real.check_files({name: ([file] if name == "text" else file) if name in given else None for name in real.FILES}, task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# continuations
+
+def test_excerpts_have_what_follows_as_reference(tmp_path, book):
+    """The reference is the book's next tokens, up to the first '.' from index 16 on; the texts tested on are not trained on."""
+    r = a_run(tmp_path, "sentiment", text=[book])
+    r.settings.data.test, r.settings.data.pretrain, r.settings.data.sft = 3, 50, 20
+    enc, splits = real.split_excerpts(r)
+    whole = " ".join("".join(corpus.book_text(f"{book}/{name}.txt")) for name in "ab")
+    for p in splits["pretrain"] + splits["test"]:
+        assert p["post"] + p["summary"] in whole and p["post"].endswith(".") and p["task"] == "sentiment"
+        ids, (stop,) = enc.encode_ordinary(p["summary"]), enc.encode_ordinary(".")
+        assert stop not in ids[16:-1] and len(ids) <= 25
+    assert any(p["summary"].endswith(".") for p in splits["pretrain"]) and len(splits["sft"]) == 20
+    assert not {p["post"] for p in splits["pretrain"]} & {p["post"] for p in splits["test"] + splits["valid"]}
+    assert not {p["id"] for p in splits["pretrain"]} & {p["id"] for p in splits["test"] + splits["valid"]}
+
+
+def test_four_way_labels_become_one_choice_of_the_best(enc):
+    texts = ["she ran.", "a dog ate.", "a dog ate.", "my cat."]
+    labels = [{"query": enc.encode_ordinary("the cat."), "samples": [enc.encode_ordinary(" " + t) for t in texts], "best": best} for best in (0, 1, 3)]
+    rows = real.labels_as_comparisons(labels, enc, "sentiment", random.Random(0))
+    assert {row["choice"] for row in rows} == {0, 1} and len(rows) == 2 + 2 + 2
+    groups = reward.group_by_post(enc, rows, 64, 24)
+    reward.check_labels(groups, "best_of")
+    for label, g in zip(labels, groups, strict=True):
+        best = reward.ranks_of([g])[0].argmin()
+        assert data.decode_response(enc, g["responses"][best]) == texts[label["best"]] and enc.decode(g["query"]) == "the cat."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vocabulary and weights from elsewhere
+
+def test_weights_and_vocabulary_must_agree(tmp_path, enc):
+    folder = str(tmp_path / "w")
+    tiny_model(vocab_size=enc.n_vocab, n_positions=60).save_pretrained(folder)
+    m = run.ModelSettings(init=folder)
+    with pytest.raises(DataError, match="cannot be fetched"):  # no vocabulary of its own: GPT-2's, which no network brings
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RLHF_MIRROR", "http://127.0.0.1:1")
+            patch.setenv("RLHF_CACHE", str(tmp_path / "none"))
+            real.vocabulary(m, [])
+    data.save_vocabulary(enc, folder)
+    own = real.vocabulary(m, [])
+    assert own._mergeable_ranks == enc._mergeable_ranks == real.vocabulary(run.ModelSettings(vocab=folder), [])._mergeable_ranks
+    assert real.check_init(folder, own, 50, 10).n_embd == 32
+    with pytest.raises(DataError, match="need 61 positions"):
+        real.check_init(folder, own, 51, 10)
+    for other in (data.train_bpe(["one two"], 262), data.train_bpe(["my cat ran and ran and ran to the office " * 9 + words(200)], enc.n_vocab)):
+        with pytest.raises(DataError, match="vocabulary"):
+            real.check_init(folder, other, 20, 10)
+    config = json.loads((tmp_path / "w" / "config.json").read_text())
+    (tmp_path / "w" / "config.json").write_text(json.dumps({**config, "eos_token_id": 3}))
+    with pytest.raises(DataError, match="end texts with 3"):
+        real.check_init(folder, own, 20, 10)
+    (tmp_path / "w" / "config.json").write_text("[1")
+    with pytest.raises(DataError, match="config.json"):
+        real.check_init(folder, own, 20, 10)
+    with pytest.raises(DataError, match="neither a folder"):
+        real.check_init("gpt3", own, 20, 10)
+    with pytest.raises(DataError, match="holds no vocabulary"):
+        real.vocabulary(run.ModelSettings(vocab=str(tmp_path)), [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stored tokens
+
+def test_stored_rows_of_a_run(tmp_path, enc, book):
+    """encode_posts of the split; for pretraining the text besides, the held-out stretches excepted; each row's first token is the query."""
+    (tmp_path / "data").mkdir()
+    posts = [post(i, **({"task": "cnndm"} if i == 2 else {})) for i in range(5)]
+    for split in ("pretrain", "sft"):
+        write(tmp_path / "data" / f"{split}.jsonl", posts)
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, Q=90, R=12, config={"text": [book], "settings": {"model": {"max_query": 100}}})
+    queries, responses = sft.encode_posts(enc, posts, 100, 12)
+    assert enc.decode(queries[2]).startswith("Article:") and enc.decode(responses[2])[0] != " "
+    assert [list(part) for part in sft.stored_posts(r, "sft")] == [queries, responses]
+    rows = [row for name in "ab" for row in corpus.text_rows(f"{book}/{name}.txt", enc, 102)]
+    kept = [row for i, row in enumerate(rows) if i % 80 not in (4, 5, 6, 7) and len(row) > 1]
+    a, b = sft.stored_posts(r, "pretrain")
+    assert list(a) == queries + [row[:1] for row in kept] and list(b) == responses + [row[1:] for row in kept]
+    assert list(sft.run_text(r)[1]) == [row for i, row in enumerate(rows) if i % 80 in (4, 5, 6, 7)] and len(rows) > 80
+
+
+def test_stored_groups_are_the_groups(tmp_path, enc):
+    posts = [post(i) for i in range(6)]
+    file = write(tmp_path / "c.jsonl", [comparison(posts[i % 6], i) for i in range(14)])
+    comparisons = data.load_comparisons(file)[0]
+    plain = reward.group_by_post(enc, comparisons, 60, 12)
+    for _ in range(2):  # encoded, then mapped
+        stored = reward.StoredGroups.of(str(tmp_path / "tokens"), file, enc, comparisons, 60, 12)
+        assert list(stored) == plain and stored[-1] == plain[-1] and stored[1:3] == plain[1:3] and len(stored) == 6
+        assert list(stored.take([4, 1])) == [plain[4], plain[1]]
+    assert comparisons[0]["extra"] == {"confidence": 3, "other": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measures
+
+def test_bits_per_byte_token_by_token(tmp_path, enc):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "valid.jsonl", [post(i) for i in range(3)])
+    r = SimpleNamespace(folder=str(tmp_path), enc=enc, Q=90, R=12, config={"settings": {"model": {"max_query": 90}}})
+    model = tiny_model(vocab_size=enc.n_vocab, n_positions=120)
+    bits, raw = 0.0, b""
+    for q, a in zip(*sft.stored_posts(r, "valid")):
+        with torch.no_grad():
+            logp = F.log_softmax(model(torch.tensor([q + a]))[0], -1)
+        bits -= sum(logp[t, token].item() for t, token in enumerate((q + a)[1:])) / math.log(2)
+        raw += enc.decode_bytes((q + a)[1:-1])
+    measured = evaluation.held_out_bits(model, r)
+    assert set(measured) == {"posts"} and measured["posts"]["model"] == pytest.approx(bits / len(raw), rel=1e-4)
+    assert measured["posts"]["bytes"] == len(raw) and measured["posts"]["gzip"] == 8 * len(gzip.compress(raw, 9)) / len(raw)
+    assert "bits per byte" in evaluation.bits_text(measured)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the estimate
+
+def test_parameters_are_counted_exactly():
+    model = tiny_model()
+    assert estimate.parameters(model.config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_kept_is_what_autograd_keeps(monkeypatch, recompute):
+    """Catches a term left out: bytes of all that the forward pass of the blocks saves, weights apart, in float32."""
+    monkeypatch.setattr(estimate, "choose_precision", lambda device: (torch.float32, ""))
+    model = tiny_model(n_embd=64, n_head=8, n_positions=64)
+    model.recompute, weights, seen = recompute, {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model.hidden(torch.zeros(8, 64, dtype=torch.long))
+    expected = estimate.kept(model.config, 8, 64, "cpu", recompute)
+    if recompute:  # plus one block's, which are there only while it is computed again
+        expected -= (estimate.kept(model.config, 8, 64, "cpu") - 8 * 64 * 64 * 4) / 2
+    assert out.requires_grad and .75 < expected / sum(seen.values()) < 1.35
+
+
+def test_what_cannot_fit_is_refused_with_advice(monkeypatch, capsys):
+    s, sizes = run.preset("gpt2-large-tldr"), {"pretrain": 10**8, "sft": 4 * 10**7, "query": 300, "groups": 20000, "responses": 80000}
+    c = run.GPTConfig(n_layer=36, n_head=20, n_embd=1280)
+    assert estimate.parameters(c) == 774_030_080
+    monkeypatch.setattr(estimate, "choose_precision", lambda device: (torch.bfloat16, ""))
+    monkeypatch.setattr(estimate, "matmul_speed", lambda device: 6e14)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 79 * 2**30)
+    estimate.check_resources(s, c, 512, 48, sizes, "cuda", True)  # one card of 80 GB
+    printed = capsys.readouterr().out
+    assert "774,030,080 parameters" in printed and "pretrain" not in printed and "79.0 GB are free" in printed
+    for free, stage, part in ((30, "ppo", "ppo.micro below 16"), (10, "sft", "sft.batch below 128")):
+        monkeypatch.setattr(estimate, "free_memory", lambda device: free * 2**30)
+        with pytest.raises(DataError, match=f"stage {stage} needs about .* try .*--{part}"):
+            estimate.check_resources(s, c, 512, 48, sizes, "cuda", True)
+    s.ppo.micro = 64  # more than the sampler's cache
+    whole = estimate.stages(s, c, 512, 48, sizes, "cuda")
+    s.ppo.recompute = s.sft.recompute = False
+    plain = estimate.stages(s, c, 512, 48, sizes, "cuda")
+    assert all(plain[name][0] > whole[name][0] and plain[name][1] < whole[name][1] for name in ("sft", "ppo"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole pipeline
+
+def test_continuations_from_given_weights_go_through_every_stage(tmp_path, book, monkeypatch, capsys):
+    """4-way labels, excerpts, weights and vocabulary of a folder, Ziegler's settings: as the preset gpt2-sentiment, but tiny."""
+    enc = data.train_bpe(["".join(corpus.book_text(f"{book}/a.txt"))], 300)
+    tiny_model(vocab_size=enc.n_vocab, n_positions=100).save_pretrained(tmp_path / "w")
+    data.save_vocabulary(enc, tmp_path / "w")
+    labels = [{"query": enc.encode_ordinary(f"the cat number {i}."), "best": i % 4,
+               **{f"sample{k}": enc.encode_ordinary(f" it ran {words(k + 2)}") + [50259] * k for k in range(4)}} for i in range(30)]
+    (tmp_path / "l.json").write_text(json.dumps(labels))
+    monkeypatch.setattr(real, "gpt2_encoding", lambda folder=None: enc)
+    settings = run.preset("gpt2-sentiment")
+    for stage, changes in {"model": dict(init=str(tmp_path / "w")), "data": dict(pretrain=40, sft=20, test=4), "sft": dict(batch=8),
+                           "reward": dict(batch=8), "ppo": dict(iterations=1, batch=4), "evaluation": dict(best_of=2)}.items():
+        for key, value in changes.items():
+            setattr(getattr(settings, stage), key, value)
+    out = str(tmp_path / "out")
+    run.run_pipeline(settings, 1, out, "gpt2-sentiment", device="cpu", text=[book], labels=str(tmp_path / "l.json"))
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    assert set(results["bits_per_byte"]) == {"posts", "text"} and results["policies"]["ppo"]["rouge"]["rougeL"]
+    assert "pretrain" not in capsys.readouterr().out.split("estimate:")[1].split("in all")[0]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "comparisons.jsonl").open()]
+    assert len(rows) == 90 and all(row["info"]["task"] == "sentiment" for row in rows)
+    assert (tmp_path / "out" / "pretrained" / "vocab.json").read_text() == (tmp_path / "w" / "vocab.json").read_text()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text"] == [book] and run.same_stages(out, {**config, "text": None}, config) == []
