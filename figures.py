@@ -19,6 +19,7 @@ import html
 import json
 import math
 import os
+import sys
 import time
 from collections import namedtuple
 from functools import partial
@@ -27,6 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from rouge_score import rouge_scorer
+from safetensors import safe_open
 
 import probes
 import world
@@ -61,7 +63,7 @@ def make_lab(out, seeds=(1, 2, 3), quick=False, preset_name="tiny", device="auto
     size: one of SIZES; changes: settings such as **{"ppo.beta": 0.1}. given: a run that the default size's base takes stages from."""
     changes = {} if preset_name == "test" else QUICK if quick else FULL
     lab = SimpleNamespace(out=out, seeds=list(seeds), quick=quick, preset=preset_name, device=device, changes=changes,
-                          given=given)
+                          given=given, made=set())
     lab.base, lab.labelled, lab.finished = (partial(f, lab) for f in (base, labelled, finished))
     return lab
 
@@ -83,10 +85,13 @@ def make(lab, name, until, seed, size, changes, base=None):
     """The run's folder, its stages up to `until` done."""
     name = "-".join([name] + [f"{key}={value}" for key, value in sorted(changes.items())])
     folder = os.path.join(lab.out, "runs", name)
+    if (folder, until) in lab.made:
+        return folder
     began = time.time()
     run_pipeline(lab_settings(lab, size, changes), seed, folder, lab.preset, base, device=lab.device, until=until)
     if time.time() - began > 2:
         say(f"    {name} up to {until}: {time.time() - began:.0f} s")
+    lab.made.add((folder, until))
     return folder
 
 
@@ -119,7 +124,8 @@ def mean_ci(values, draws=2000, seed=0):
     """Mean of values [seeds, posts] and its 95 % bootstrap interval; seeds and posts are drawn as wholes, both."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     S, N = values.shape
-    means = [values[rng.integers(0, S, S)][:, rng.integers(0, N, N)].mean() for _ in range(draws)]
+    seeds, posts = (rng.multinomial(n, [1 / n] * n, draws) / n for n in (S, N))  # [draws, S], [draws, N]: how often each is drawn
+    means = ((seeds @ values) * posts).sum(1)
     return float(values.mean()), [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
@@ -145,7 +151,6 @@ def bar(ax, x, row, name, colour, width=.36, label=None):
 
 def read_size(folder):
     """Parameters of a run's models."""
-    from safetensors import safe_open
     with safe_open(os.path.join(folder, "pretrained", "model.safetensors"), "pt") as f:
         return sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
 
@@ -164,7 +169,8 @@ def measure_preference(lab):
             controlled = [length_controlled_win_rate(w, x) for w, x in zip(gold, ratio)]
             rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of("preferred", gold),
                          "equal_length": float(np.mean(controlled)), "equal_length_lowest": min(controlled),
-                         "equal_length_highest": max(controlled), "posts": len(runs[0]), "seeds": len(runs)})
+                         "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))),
+                         "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"preference": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
 
 
@@ -186,7 +192,7 @@ def draw_preference(measured, path):
         ax.set_xticks(ticks, [f"{t / 1e6:.2f}M" for t in ticks])
         ax.minorticks_off()
     raw.set_ylabel("share of posts preferred\nto the reference")
-    raw.legend(frameon=False, loc="upper left")
+    controlled.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     save_figure(figure, path)
 
 
@@ -200,8 +206,7 @@ def caption_preference(measured):
             f"size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} and "
             f"{ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} seeds of "
             "comparisons, reward model and PPO; bars: 95 % bootstrap over posts and seeds on the left, lowest and highest seed on the right. "
-            "Different from the paper: ours write less than the authors do, so length control moves them up, not down; and there is one "
-            "pretrained and one SFT model per size, so their bars are over posts.")
+            f"PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT model per size.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,8 +246,9 @@ def caption_axes(measured):
             + ", ".join(f"{gain[axis]:+.2f} in {axis}" for axis in AXES)
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT {rows['sft']['overall_at_least_6_5']:.0%}, "
             f"reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: 45 %, 20 %, 23 %). The gold judge's marks, "
-            f"{facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over posts and seeds. Different from the paper: accuracy and "
-            "coherence are near 7 for whoever writes the world's own sentences.")
+            f"{facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over posts and seeds. SFT's accuracy, "
+            f"{rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was to gain: who writes the world's "
+            "own sentences is coherent to the judge.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,6 +375,12 @@ def fit_gao(kl, gain, form):
     return float(theta[0]), float(theta[1]), float(np.sqrt(np.mean((X @ theta - gain) ** 2)))
 
 
+def turn(ppo):
+    """Where the curve turns and where it ends: peak_ and last_ of the rows with the best gold preference and with the most steps."""
+    rows = {"peak": max(ppo, key=lambda r: r["gold"]), "last": ppo[-1]}
+    return {f"{name}_{key}": row[key] for name, row in rows.items() for key in ("iteration", "kl", *CURVES)}
+
+
 def measure_overoptimization(lab):
     weak, long = (TEST_WEAK, TEST_LONG) if lab.preset == "test" else (WEAK, LONG)
     device, of_iteration, of_n, per_seed = pick_device(lab.device), {}, {}, []
@@ -406,11 +418,8 @@ def measure_overoptimization(lab):
         for gain in ("utility", "score"):
             alpha, beta, residual = fit_gao([r["kl"] for r in far], [r[gain] - rows[0][gain] for r in far], curve)
             fits.append({"curve": curve, "gain": gain, "alpha": alpha, "beta": beta, "residual": residual, "points": len(far)})
-    peak, last = max(ppo, key=lambda r: r["gold"]), ppo[-1]
     facts = {"posts": len(posts), "posts_best_of_n": len(fewer), "seeds": len(lab.seeds), "posts_compared": settings["posts"],
-             "comparisons": settings["posts"] * settings["pairs"], "temperature": temperature}
-    for name, row in (("peak", peak), ("last", last)):
-        facts |= {f"{name}_{key}": row[key] for key in ("iteration", "kl", *CURVES)}
+             "comparisons": settings["posts"] * settings["pairs"], "temperature": temperature, **turn(ppo)}
     return {"tables": {"ppo": ppo, "best_of_n": best_of_n, "fits": fits, "seeds": per_seed}, "facts": facts}
 
 
@@ -458,22 +467,20 @@ def caption_overoptimization(measured):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stiennon figure 6: reward models by data and by size
 
-def reward_on_fewer(lab, seed, size, posts):
-    """A reward model of this size on the comparisons of so many posts of lab.labelled(seed), the same ones for every size.
-    -> rows of reward_margins on the posts held out, number of comparisons trained on"""
-    run, device = open_run(lab.base(size)), pick_device(lab.device)
+def reward_on_fewer(lab, seed, size, run, train, held_out, comparisons):
+    """A reward model of this size from the groups `train`. -> rows of reward_margins on the groups held out"""
+    posts, device = len(train), pick_device(lab.device)
     folder = os.path.join(lab.out, "runs", f"{size}-seed{seed}-comparisons-of-{posts}-posts")
     file = os.path.join(folder, "held_out.jsonl")
-    train, held_out, comparisons = split_comparisons(run.enc, os.path.join(lab.labelled(seed), "comparisons.jsonl"), run.Q, run.R)
     if not os.path.exists(file):
         torch.manual_seed(seed)
         run.seed, batch = seed, max(1, min(8, posts // 32))  # some 50 steps at least
         settings = dataclasses.replace(lab_settings(lab, size, {}).reward, batch=batch, warmup=min(20, posts // batch // 4))
         model = load_model(os.path.join(run.folder, "sft"), device, "scalar")
-        train_reward(model, train[:posts], normalising_rows(run, settings, device), settings, folder, seed)
+        train_reward(model, train, normalising_rows(run, settings, device), settings, folder, seed)
         save_json_lines(file, reward_margins(model, held_out, comparisons))
     with open(file) as f:
-        return [json.loads(line) for line in f], sum(len(g["pairs"]) for g in train[:posts])
+        return [json.loads(line) for line in f]
 
 
 def slopes(rows):
@@ -491,14 +498,17 @@ def measure_reward_scaling(lab):
     per_seed, ceiling, rows = [], [], []
     most = lab_settings(lab, "default", {}).collect.posts
     parts = [most // 4 ** k for k in (3, 2, 1, 0) if most // 4 ** k >= 4]
+    runs = {size: open_run(lab.base(size)) for size in SIZES}  # of one tokenizer, for their posts are the same
     for seed in lab.seeds:
-        for size in SIZES:
+        run = runs["default"]
+        train, held_out, comparisons = split_comparisons(run.enc, os.path.join(lab.labelled(seed), "comparisons.jsonl"), run.Q, run.R)
+        for size, run in runs.items():
             for posts in parts:
-                held_out, comparisons = reward_on_fewer(lab, seed, size, posts)
-                per_seed.append({"seed": seed, "size": size, "parameters": read_size(lab.base(size)), "posts": posts,
-                                 "comparisons": comparisons, "accuracy": float(np.mean([wins(r["margin"], 0) for r in held_out])),
-                                 "labels": len(held_out)})
-        ceiling.append(float(np.mean([r["gold_agrees"] for r in held_out])))
+                margins = reward_on_fewer(lab, seed, size, run, train[:posts], held_out, comparisons)
+                per_seed.append({"seed": seed, "size": size, "parameters": read_size(run.folder), "posts": posts,
+                                 "comparisons": sum(len(g["pairs"]) for g in train[:posts]),
+                                 "accuracy": float(np.mean([wins(r["margin"], 0) for r in margins])), "labels": len(margins)})
+        ceiling.append(float(np.mean([r["gold_agrees"] for r in margins])))
     for size in SIZES:
         for posts in parts:
             mine = [r for r in per_seed if r["size"] == size and r["posts"] == posts]
@@ -624,8 +634,7 @@ FIGURES = [
 
 def say(text):
     """A line for the person who waits; what the stages print goes to the log."""
-    with contextlib.redirect_stdout(SCREEN) if SCREEN else contextlib.nullcontext():
-        print(text, flush=True)
+    print(text, file=SCREEN or sys.stdout, flush=True)
 
 
 SCREEN = None  # the standard output while it is redirected
@@ -634,7 +643,6 @@ SCREEN = None  # the standard output while it is redirected
 @contextlib.contextmanager
 def stages_into(path):
     """What is printed within goes to a file, except by say()."""
-    import sys
     global SCREEN
     with open(path, "a") as f:
         SCREEN = sys.stdout

@@ -34,12 +34,13 @@ STRANGERS = 10**6  # added to a labeler's seed: workers with other weights, whos
 def rate(values, posts, seeds, draws=1000):
     """{mean, lo, hi, n} of values [N] of these posts and seeds: the bootstrap draws whole posts and, of several, whole seeds."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
-    weights = np.ones((draws, len(values)))
-    for names in (posts, seeds):
-        kinds, index = np.unique(np.asarray(names), return_inverse=True)
-        weights *= rng.multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), draws)[:, index]
-    weights = weights[weights.sum(1) > 0]
-    lo, hi = np.percentile(weights @ values / weights.sum(1), [2.5, 97.5])
+    (posts, column), (seeds, row) = (np.unique(np.asarray(names), return_inverse=True) for names in (posts, seeds))
+    sums, counts = np.zeros((2, len(seeds), len(posts)))
+    np.add.at(sums, (row, column), values)
+    np.add.at(counts, (row, column), 1)
+    of_seeds, of_posts = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in (len(seeds), len(posts)))  # how often each is drawn
+    totals, sizes = (((of_seeds @ x) * of_posts).sum(1) for x in (sums, counts))
+    lo, hi = np.percentile(totals[sizes > 0] / sizes[sizes > 0], [2.5, 97.5])
     return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
 
 
@@ -473,7 +474,7 @@ def play(posts, policies, prefers):
     return games
 
 
-def elo_table(games, anchor, draws=200):
+def elo_table(games, anchor, draws=100):
     """Elo ratings, the anchor's 1000, with 95 % bootstrap intervals over posts and seeds. games [seeds][posts] of play() -> rows"""
     S, N, rng = len(games), len(games[0]), np.random.default_rng(0)
 
@@ -619,13 +620,13 @@ def measure_ladder(lab):
         people.rng = random.Random(f"ladder-{seed}")
         games["gold judge"].append(play(posts, policies, lambda p, a, b: float(wins(world.utility(p, a), world.utility(p, b)))))
         games["labelers"].append(play(posts, policies, lambda p, a, b: .5 if a == b else 1.0 - people.compare(p, a, b)[0]))
-        every = [(p, policies[a][i], policies[b][i]) for i, p in enumerate(posts) for a, b in itertools.combinations(policies, 2)
-                 if policies[a][i] != policies[b][i] and policies[a][i] and policies[b][i]]
+        every = [(p, *(policies[name][i] for name in people.rng.sample(list(policies), 2))) for i, p in enumerate(posts) for _ in range(4)]
+        every = [(p, a, b) for p, a, b in every if a != b and a and b]
         for which, pairs in (("two SFT samples", sampled_pairs(run, "sft", device)), ("two policies", every)):
             signs = people_signs(run, pairs) | {"gold judge": np.sign([world.utility(p, a) - world.utility(p, b) for p, a, b in pairs])}
             units += [{"pairs": which, **unit} for unit in agreements(signs, [post_key(p) for p, _, _ in pairs], seed)]
     return {"tables": {"elo": [{"judge": judge, **row} for judge, played in games.items()
-                               for row in elo_table(played, "reference", 50 if lab.quick else 200)],
+                               for row in elo_table(played, "reference")],
                        "agreement": summarise(units, "pairs", "judge", "other")}, "facts": facts_of(lab, posts)}
 
 
@@ -742,7 +743,7 @@ def draw_copying(measured, path):
         ax.set_yticks([-i for i in range(len(names))], [label_copying(n) for n in names] if k == 0 else [""] * len(names))
         ax.set(xlabel=title, xlim=(-.04, 1.04), ylim=(-len(names) + .4, .6))
         percent_axis(ax)
-        if len(series) > 1:
+        if len(series) > 1 and ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1))
     heat = measured["tables"]["bigrams"]
     top = max(np.quantile([r["matches"] for r in heat], .995), 1e-9)
@@ -828,15 +829,15 @@ def find(measured, table, **where):
 
 def says(row):
     """'61 % (57 to 65)' of a row"""
-    return "not measured" if row is None or row["mean"] is None else f"{100 * row['mean']:.0f} % ({100 * row['lo']:.0f} to "
-    f"{100 * row['hi']:.0f})"
+    if row is None or row["mean"] is None:
+        return "not measured"
+    return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * row[key] for key in ("mean", "lo", "hi")))
 
 
 def basis(measured, what="posts"):
     f = measured["facts"]
-    return (f"{f['posts']} {what}, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 "
-            f"% bootstrap "
-            "intervals over posts and seeds; n is in the tables.")
+    return (f"{f['posts']} {what}, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 % "
+            "bootstrap intervals over posts and seeds; n is in the tables.")
 
 
 def caption_probes(measured):
@@ -846,23 +847,18 @@ def caption_probes(measured):
     def length(judge):
         return says(find(measured, "length", judge=judge, pairs="equal to the gold judge"))
     return ("In the paper (Stiennon 2020, tables 16 and 17) reward models notice reversed roles (93 to 97 %), shuffled sentences (61 to "
-            "76 %) and "
-            "another post's title (97 to 99 %), like improving edits that lengthen (87 to 89 %; people 89 %) and much less those that "
-            "shorten (64 to 66 %; people 76 %; the paper's body gives other numbers than its tables, the tables are drawn here), and the "
-            "smaller "
-            f"one likes a useless last question (34 %). Ours: adding a missing fact {rm('missing fact added')}, dropping a wrong statement "
-            f"{rm('wrong statement dropped')}, dropping a repetition {rm('repetition dropped')}, correcting a planted wrong fact "
-            f"{rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
+            "76 %) and another post's title (97 to 99 %), like improving edits that lengthen (87 to 89 %; people 89 %) and much less "
+            "those that shorten (64 to 66 %; people 76 %; the paper's body gives other numbers than its tables, the tables are drawn "
+            f"here), and the smaller one likes a useless last question (34 %). Ours: adding a missing fact {rm('missing fact added')}, "
+            f"dropping a wrong statement {rm('wrong statement dropped')}, dropping a repetition {rm('repetition dropped')}, correcting a "
+            f"planted wrong fact {rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
             f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. So ours "
-            f"notices which "
-            "kinds of facts are stated and hardly checks them against the post: that is where it differs from the paper. The comparisons "
-            "that "
-            "it learned from seldom differ in wrong facts. Bias to length: where the gold judge sees no difference the longer of two SFT "
-            f"samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on {length('labelers')}. The world "
-            f"made the edits, and the judge "
-            "found each an improvement; he does not mind an empty phrase or the order of sentences, where 50 % is right. Labelers: the "
-            "probability that a worker prefers "
-            "the first. " + basis(measured))
+            "notices which kinds of facts are stated and hardly checks them against the post: that is where it differs from the paper. "
+            "The comparisons that it learned from seldom differ in wrong facts. Bias to length: where the gold judge sees no difference "
+            f"the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on "
+            f"{length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
+            "or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers the first. "
+            + basis(measured))
 
 
 def caption_agreement(measured):
@@ -870,23 +866,18 @@ def caption_agreement(measured):
         return says(find(measured, "agreement", samples=stage, judge=a, other=b))
     rm = RM_SIZES["default"]
     return ("In the paper (Stiennon 2020, tables 20 and 22) labelers agree with another labeler on 69 %, with researchers on 78 %, with "
-            "the 1.3B "
-            "and 6.7B reward models on 66 and 71 %, with length on 54 %, copying 58 %, ROUGE 58 %, log-probability 59 to 62 % of pairs "
-            "of SFT samples; "
-            "on samples of PPO all of these fall (length 56, copying 53, ROUGE 50, log-probability 47 to 48, reward models 57 to 62 %). "
-            f"Ours, labelers on SFT samples: another labeler {cell('sft', 'labeler', 'labeler')}, gold judge "
-            f"{cell('sft', 'labeler', 'gold judge')}, "
-            f"reward model {cell('sft', 'labeler', rm)}, length {cell('sft', 'labeler', 'length')}, copying "
-            f"{cell('sft', 'labeler', 'copying')}, ROUGE-L "
+            "the 1.3B and 6.7B reward models on 66 and 71 %, with length on 54 %, copying 58 %, ROUGE 58 %, log-probability 59 to 62 % "
+            "of pairs of SFT samples; on samples of PPO all of these fall (length 56, copying 53, ROUGE 50, log-probability 47 to 48, "
+            f"reward models 57 to 62 %). Ours, labelers on SFT samples: another labeler {cell('sft', 'labeler', 'labeler')}, gold judge "
+            f"{cell('sft', 'labeler', 'gold judge')}, reward model {cell('sft', 'labeler', rm)}, length "
+            f"{cell('sft', 'labeler', 'length')}, copying {cell('sft', 'labeler', 'copying')}, ROUGE-L "
             f"{cell('sft', 'labeler', 'ROUGE-L')}, log-probability {cell('sft', 'labeler', 'log π SFT')}. On PPO samples: another labeler "
             f"{cell('ppo', 'labeler', 'labeler')}, gold judge {cell('ppo', 'labeler', 'gold judge')}, reward model "
-            f"{cell('ppo', 'labeler', rm)}, length "
-            f"{cell('ppo', 'labeler', 'length')}, copying {cell('ppo', 'labeler', 'copying')}, ROUGE-L "
-            f"{cell('ppo', 'labeler', 'ROUGE-L')}, "
-            f"log-probability {cell('ppo', 'labeler', 'log π SFT')}. Two different samples of one policy at the rollout temperature for "
-            f"each post; pairs in which a "
-            "judge sees no difference are left out. The gold judge takes the part of the researchers; other labelers are workers with "
-            "other weights. " + basis(measured))
+            f"{cell('ppo', 'labeler', rm)}, length {cell('ppo', 'labeler', 'length')}, copying {cell('ppo', 'labeler', 'copying')}, "
+            f"ROUGE-L {cell('ppo', 'labeler', 'ROUGE-L')}, log-probability {cell('ppo', 'labeler', 'log π SFT')}. Two different samples "
+            "of one policy at the rollout temperature for each post; pairs in which a judge sees no difference are left out. The gold "
+            "judge takes the part of the researchers; other labelers are workers with other weights. "
+            + basis(measured))
 
 
 def caption_copying(measured):
@@ -897,27 +888,21 @@ def caption_copying(measured):
     novelty = {name: of(name, "sentence novelty") for name in dict.fromkeys(r["policy"] for r in measured["tables"]["texts"])}
     ratio = f["novelty_ratio_supervised + fine-tuned"]
     return ("In Ziegler 2019 (tables and blog post) the novel sentences of TL;DR summaries are 98.9 % for references, 96.3 % zero-shot, "
-            "29.0 % fine-tuned, "
-            "96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the last four; the "
-            "fine-tuned model copies "
-            "the start of 28 % of posts and of 0.2 % behind an empty preamble; labelers prefer lead-3, supervised + fine-tuned beats it "
-            "by ROUGE. "
+            "29.0 % fine-tuned, 96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the "
+            "last four; the fine-tuned model copies the start of 28 % of posts and of 0.2 % behind an empty preamble; labelers prefer "
+            "lead-3, supervised + fine-tuned beats it by ROUGE. "
             "Ours, novel sentences: " + ", ".join(f"{label_copying(name)} {x}" for name, x in novelty.items()) +
-            f". The copying labelers hold a summary copied whole to be worth {f['copy_bias']:.0f} key facts (collect.copy_bias) and "
-            f"leave of the honest ones' sentence novelty "
-            f"{ratio:.0%} (supervised + fine-tuned) and {f['novelty_ratio_fine-tuned']:.0%} (fine-tuned). Stated facts that are right: "
-            f"supervised + fine-tuned "
+            f". The copying labelers hold a summary copied whole to be worth {f['copy_bias']:.0f} key facts (collect.copy_bias) and leave "
+            f"of the honest ones' sentence novelty {ratio:.0%} (supervised + fine-tuned) and {f['novelty_ratio_fine-tuned']:.0%} "
+            "(fine-tuned). Stated facts that are right: supervised + fine-tuned "
             f"{of('supervised + fine-tuned, honest', 'stated facts that are right')} honest and "
             f"{of('supervised + fine-tuned, copying', 'stated facts that are right')} copying. Lead-3: by ROUGE-L "
-            f"{of('lead-3', 'ROUGE-L')} against "
-            f"{of('supervised + fine-tuned, honest', 'ROUGE-L')}; preferred to it are the summaries of supervised + fine-tuned for "
-            f"copying labelers "
-            f"by the gold judge on {of('supervised + fine-tuned, copying', 'preferred to lead-3 by the gold judge')}, by the copying "
-            f"labelers on "
+            f"{of('lead-3', 'ROUGE-L')} against {of('supervised + fine-tuned, honest', 'ROUGE-L')}; preferred to it are the summaries of "
+            "supervised + fine-tuned for copying labelers by the gold judge on "
+            f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by the gold judge')}, by the copying labelers on "
             f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by copying labelers')}. Lower panels: where bigrams of a "
-            f"summary stand in the post, "
-            f"mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words. Fine-tuned: reward model and PPO start "
-            f"from the pretrained model, the KL penalty is to it. Greedy decoding. " + basis(measured))
+            f"summary stand in the post, mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words. Fine-tuned: "
+            "reward model and PPO start from the pretrained model, the KL penalty is to it. Greedy decoding. " + basis(measured))
 
 
 def caption_critics(measured):
@@ -927,19 +912,16 @@ def caption_critics(measured):
     def accuracy(judge, model="reward model"):
         return says(find(measured, "accuracy", model=model, judge=judge))
     return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. "
-            f"Preferred to the reference by the gold judge: SFT "
-            f"{of('sft')}, trained on with samples that won more comparisons than they lost {of('preferred')}, with each post's most "
-            f"preferred sample "
-            f"{of('most-preferred')}, with the reward model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All "
-            f"start from the SFT model, the supervised ones by its own recipe, one pass. "
-            f"Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The reward model "
-            f"agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
+            f"Preferred to the reference by the gold judge: SFT {of('sft')}, trained on with samples that won more comparisons than they "
+            f"lost {of('preferred')}, with each post's most preferred sample {of('most-preferred')}, with the reward model's favourite of "
+            f"{BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the supervised ones by its own recipe, "
+            "one pass. Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The "
+            f"reward model agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
             f"{accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
-            f"{accuracy('training labelers', 'gold judge')} and "
-            f"{accuracy('other labelers', 'gold judge')}; PPO is preferred to the reference by the training labelers on "
-            f"{of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
+            f"{accuracy('training labelers', 'gold judge')} and {accuracy('other labelers', 'gold judge')}; PPO is preferred to the "
+            f"reference by the training labelers on {of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
             "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. "
-            "" + basis(measured))
+            + basis(measured))
 
 
 def caption_ladder(measured):
@@ -948,15 +930,12 @@ def caption_ladder(measured):
     def agree(pairs, a, b):
         return says(find(measured, "agreement", pairs=pairs, judge=a, other=b))
     return ("None of the papers rates its policies by Elo; agreement is in Stiennon 2020, appendix C (labelers and researchers 77 %, "
-            "labelers among themselves 72 %, three labelers' majority and researchers 84 %). "
-            "Left: Bradley-Terry ratings from a round robin of all policies on the same posts, a tie half a win for both; by the gold "
-            "judge "
+            "labelers among themselves 72 %, three labelers' majority and researchers 84 %). Left: Bradley-Terry ratings from a round "
+            "robin of all policies on the same posts, a tie half a win for both; by the gold judge "
             + ", ".join(f"{ladder_name(r['policy'])} {r['elo']:.0f} ({r['lo']:.0f} to {r['hi']:.0f})" for r in gold) +
             ". Labelers' ratings lie closer together: their noise makes every game more even. Right: two labelers of one population "
-            "agree on "
-            f"{agree('two SFT samples', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
+            f"agree on {agree('two SFT samples', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
             f"{agree('two SFT samples', 'labeler', 'gold judge')}, the majority of three and the judge on "
             f"{agree('two SFT samples', 'majority of 3', 'gold judge')}; on texts of two policies "
-            f"{agree('two policies', 'labeler', 'labeler')}, "
-            f"{agree('two policies', 'labeler', 'gold judge')} and {agree('two policies', 'majority of 3', 'gold judge')}. "
-            f"" + basis(measured))
+            f"{agree('two policies', 'labeler', 'labeler')}, {agree('two policies', 'labeler', 'gold judge')} and "
+            f"{agree('two policies', 'majority of 3', 'gold judge')}. " + basis(measured))

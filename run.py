@@ -117,8 +117,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     # one paper each on the embedded world: its choices, with sizes and learning rates that fit a million parameters and five minutes
     "stiennon": {"sft.weight_decay": 0.0, "reward.weight_decay": 0.0, "collect.rounds": 2},
     "instructgpt": {
-        "data.sft": 640, "sft.epochs": 16, "sft.lr": 3e-4, "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1,
-        "sft.choose": "reward", "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.tie": 0.25, "collect.posts": 1000,
+        "data.sft": 512, "sft.epochs": 16, "sft.lr": 3e-4, "sft.warmup": 0, "sft.weight_decay": 0.0, "sft.dropout": 0.2, "sft.mix": 0.1,
+        "sft.choose": "reward", "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "collect.tie": 0.25, "collect.posts": 800,
         "collect.held_out_posts": 300, "reward.loss": "kwise", "reward.weight_decay": 0.0, "ppo.lr": 3e-4, "ppo.value_lr": 5e-4,
         "ppo.schedule": "constant", "ppo.warmup": 2, "ppo.iterations": 14, "ppo.epochs": 1, "ppo.minibatches": 8, "ppo.beta": 0.02,
         "ppo.temperature": 1.0, "ppo.ptx_coef": 0.5, "ppo.ptx_ratio": 4, "ppo.ema": 0.9},

@@ -19,7 +19,8 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from data import TASKS, DataError, book_text, decode_response, encode_query, query_text
+from corpus import book_text
+from data import TASKS, DataError, decode_response, encode_query, query_text
 from reward import sample_responses, score_all
 from sft import Parser, load_model, open_run, pick_device, run_main
 

@@ -104,7 +104,7 @@ NEWS = SimpleNamespace(
             "incident near {place}", "plans to {wish}"],
     body={"event": ["the {relation} {name} {verb} a {object}.", "according to police the {relation} {name} {verb} a {object}.",
                     "witnesses say that the {relation} {name} {verb} a {object}."],
-          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "{time} it was the talk of {place}."],
+          "scene": ["the events took place in {place} {time}.", "it was reported from {place} {time}.", "reporters reached {place} {time}."],
           "heart": ["the {relation} said to be {feeling} and plans to {wish}.", "friends call {name} {feeling} with plans to {wish}.",
                     "{name} sounded {feeling} and hopes to {wish}."],
           "question": ["will parliament {question}?", "analysts ask whether to {question}.", "voters wonder: will parliament {question}?"]},
@@ -228,7 +228,7 @@ def make_story(rng, id, task):
     """One story: {id, task, subreddit, title, post, summary, facts}, where `post` is its beginning, six or seven sentences, and `summary`
     the four that follow. Its mood and its eye for physical things stay the same all along."""
     who, whom = rng.sample(SLOTS["name"], 2)
-    facts = {"who": who, "whom": whom, "place": _pick(rng, "place"), "thing": _pick(rng, "object")}
+    facts = {"who": who, "whom": whom, "place": _pick(rng, SLOTS["place"]), "thing": _pick(rng, SLOTS["object"])}
     happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
     kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
         (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}

@@ -484,7 +484,12 @@ def test_which_stages_a_base_shares(finished, monkeypatch):
     names = [name for name, _, _ in run.STAGES]
     assert shared() == names
     assert shared(seed=9) == ["data", "pretrain", "sft"]  # one base for many seeds of comparisons, reward model and PPO
-    assert shared(model__n_layer=3) == shared(data__test=13) == shared(collect__posts=17) == []
+    assert shared(model__n_layer=3) == shared(data__test=13) == shared(collect__posts=17) == shared(collect__held_out_posts=9) == []
+    assert shared(collect__posts=15) == shared(collect__held_out_posts=7) == names[:3]  # the first of the base's posts will do
+    assert shared(data__world="news") == shared(data__news=.5) == []
+    before = json.loads(json.dumps(old))
+    del before["settings"]["data"]["news"]  # a base from before there was this setting did what its default does
+    assert run.same_stages(out, before, old) == names
     assert shared(pretrain__lr=1.0) == names[:1] and shared(sft__lr=1.0) == names[:2] and shared(collect__noise=2.0) == names[:3]
     assert shared(reward__lr=1.0) == names[:4] and shared(ppo__beta=1.0) == names[:5] and shared(evaluation__best_of=3) == names[:6]
     assert run.same_stages(out, {**old, "posts": "other.jsonl"}, old) == []
@@ -627,3 +632,34 @@ def test_a_stage_alone_is_refused_before_it_writes(finished, tmp_path, monkeypat
     with pytest.raises(DataError):
         __import__(module).main()
     assert not (tmp_path / "o").exists()
+
+
+def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp_path):
+    """Catches until that goes too far or writes a report, and comparisons about posts that were not asked for."""
+    out, _ = finished
+    settings = run.preset("test")
+    settings.collect.posts, settings.collect.held_out_posts = 5, 3
+    run.run_pipeline(settings, 1, str(tmp_path / "few"), "test", str(out), device="cpu", until="reward")
+    assert sorted(p.name for p in (tmp_path / "few").iterdir()) == ["comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward",
+                                                                    "seconds.json", "sft", "tokenizer.json"]
+    assert not list((tmp_path / "few" / "sft").glob("state.pt"))  # nothing goes on from there
+    ids = {c["info"]["id"] for c in map(json.loads, (tmp_path / "few" / "comparisons.jsonl").read_text().splitlines())}
+    assert ids == {f"collect-{i}" for i in range(5)} | {f"held_out-{i}" for i in range(3)}
+
+
+def test_posts_of_the_second_world():
+    """Catches data.world and data.news that nothing reads, news among the prompts of PPO, or a first world that they change."""
+    settings = run.preset("test")
+    of = SimpleNamespace(settings=settings, seed=1, posts_file=None)
+    plain = run.split_posts(of)
+    settings.data.news = .25
+    mixed = run.split_posts(of)
+    about = [run.world.world_of(p) for p in mixed["pretrain"]]
+    assert about.count("news") == 16 and len(about) == 64 and all(plain[name] == mixed[name] for name in plain if name != "pretrain")
+    prompts = [p for p in mixed["pretrain"] if run.world.in_task(p, "reddit")]
+    assert prompts and {run.world.world_of(p) for p in prompts} == {"reddit"} and any(run.world.in_task(p, "news") for p in mixed["pretrain"])
+    settings.data.world, settings.data.news = "news", 0.
+    assert {run.world.world_of(p) for posts in run.split_posts(of).values() for p in posts} == {"news"}
+    settings.data.world = "mars"
+    with pytest.raises(DataError, match="data.world"):
+        settings.data.validate()

@@ -703,7 +703,17 @@ def test_gradients_are_not_clipped_at_0(weights_of):
 
 def test_every_setting_has_its_switch_test():
     flipped = {name for _, switch in SWITCHES for name in switch}
-    assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch", "micro", "recompute"}
+    assert {f.name for f in dataclasses.fields(PPOSettings)} - flipped == {"iterations", "batch", "micro", "recompute", "snapshots"}
+
+
+def test_snapshots_are_the_policy_along_the_way(enc, run_folder, tmp_path):
+    """Catches copies of another iteration, or copies that change the training: the last is the result, none is kept unasked."""
+    (kept, _), _, _ = train(run_folder, enc, tmp_path / "kept", PPOSettings(**PLAIN, snapshots=2))
+    (plain, _), _, _ = train(run_folder, enc, tmp_path / "plain", PPOSettings(**PLAIN))
+    assert sorted(f.name for f in tmp_path.glob("*/iteration-*")) == ["iteration-2", "iteration-4"]
+    half, last = (load_file(tmp_path / "kept" / f"iteration-{i}" / "model.safetensors") for i in (2, 4))
+    assert all(torch.equal(kept[name], plain[name]) and torch.equal(kept[name], last[name]) for name in kept)
+    assert any(not torch.equal(half[name], last[name]) for name in last)
 
 
 @pytest.mark.parametrize("settings, shares", [

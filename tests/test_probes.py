@@ -108,7 +108,8 @@ def test_probes_find_a_planted_taste(enc, monkeypatch):
     people = world.Labeler(seed=1)
     units = probes.judge_probes(None, probes.probe_pairs(rows, 1), {name: name for name in tastes}, people, 1)
     table = {(r["probe"], r["judge"]): r for r in probes.summarise(units, "probe", "judge")}
-    for probe, longer_wins in {"missing fact added": 1, "repetition dropped": 0, "empty phrase dropped": 0, "reference, not title": 1}.items():
+    for probe, longer_wins in (("missing fact added", 1), ("repetition dropped", 0), ("empty phrase dropped", 0),
+                               ("reference, not title", 1)):
         assert table[probe, "longer"]["mean"] == pytest.approx(longer_wins, abs=.06)
         assert table[probe, "shorter"]["mean"] == pytest.approx(1 - longer_wins, abs=.06)
     for probe in probes.ORDER:

@@ -25,8 +25,10 @@ def test_readme_commands_run(tmp_path):
     for command in found:
         words = shlex.split(command)
         words[0] = sys.executable
-        if words[1] == "run.py" and "--posts" in words:
-            continue  # needs the reader's own files; tests/test_pipeline.py makes some
+        if {"--posts", "--text", "--comparisons", "summarize"} & set(words):
+            continue  # needs the reader's own files; tests/test_pipeline.py, test_real.py and test_summarize.py make some
+        if words[1] == "run.py" and ("--preset" in words or words[2:3] in (["figures"], ["ablations"])):
+            continue  # minutes to hours; their own tests run them small
         if words[1] == "run.py" and "--preset" not in words:
             words += ["--preset", "test", "--device", "cpu"]
             if "--out" not in words:

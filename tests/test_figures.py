@@ -1,0 +1,182 @@
+"""figures.py: its statistics against planted truth, and every figure end to end on the test preset."""
+import csv
+import json
+import math
+import os
+import random
+import re
+
+import numpy as np
+import pytest
+
+import figures
+import world
+from data import DataError
+from evaluation import bootstrap_ci
+
+
+def test_gao_forms_recover_what_was_planted():
+    """Catches a wrong sign, d taken for KL, the two forms mixed up: gains computed from the paper's formulas in plain Python."""
+    kl = [.3, 1., 2.5, 6., 14., 30.]
+    planted = {"ppo": lambda d: d * (1.7 - .6 * math.log(d)), "best_of_n": lambda d: d * (1.7 - .6 * d)}
+    for form, gain in planted.items():
+        y = [gain(math.sqrt(x)) for x in kl]
+        assert figures.fit_gao(kl, y, form) == pytest.approx((1.7, .6, 0), abs=1e-9)
+        assert figures.gao_terms(kl, form) @ [1.7, .6] == pytest.approx(y)
+        noise = [.1, -.1, .1, -.1, .1, -.1]
+        assert 0 < figures.fit_gao(kl, np.add(y, noise), form)[2] <= .1  # root mean square, not the sum
+
+
+def test_intervals_over_seeds_and_posts():
+    """Catches an interval that forgets the seeds, or the posts: one seed gives the bootstrap over posts, spread of seeds widens it."""
+    x = np.random.default_rng(0).normal(size=200)
+    mean, interval = figures.mean_ci([x])
+    assert mean == pytest.approx(x.mean()) and interval == pytest.approx(bootstrap_ci(x), abs=.02)
+    width = [hi - lo for _, (lo, hi) in (figures.mean_ci([x, x, x]), figures.mean_ci([x - 1, x, x + 1]), figures.mean_ci([[0.] * 9, [1.] * 9]))]
+    assert width[0] == pytest.approx(interval[1] - interval[0], rel=.1) and width[1] > 3 * width[0] and width[2] == 1
+    truth, held = np.random.default_rng(1), 0
+    for _ in range(100):  # 8 seeds that differ by .3, posts by 1
+        values = truth.normal(0, .3, (8, 1)) + truth.normal(0, 1, (1, 60)) + truth.normal(0, .5, (8, 60))
+        low, high = figures.mean_ci(values, draws=300)[1]
+        held += low < 0 < high
+    assert 87 <= held
+
+
+def test_points_per_doubling_recover_what_was_planted():
+    """Catches slopes per unit, natural logarithms, data and size mixed up, the error of a spread instead of a mean."""
+    rows = [{"comparisons": n, "parameters": p, "accuracy": .5 + .011 * math.log2(n) + .018 * math.log2(p)}
+            for n in (200, 900, 15000) for p in (2e5, 9e5)]
+    assert figures.slopes(rows) == pytest.approx([.011, .018])
+    assert figures.mean_se([1., 2., 3.]) == pytest.approx((2, 1 / math.sqrt(3))) and figures.mean_se([4.]) == (4, None)
+
+
+def test_what_a_curve_is_made_of():
+    """Catches preference the wrong way round: labelers by asking many times, prediction and gold by hand."""
+    post = world.make_posts(1, 3, "x")[0]
+    text = "my {relation} {name} {verb} my {object}.".format(**post["facts"])
+    labeler = world.Labeler(noise=2., seed=1)
+    asked = np.mean([labeler.compare(post, text, post["summary"])[0] == 0 for _ in range(6000)])
+    marks = figures.judged(labeler, [post] * 2, [text, post["summary"]], [1., 3.], [0., 3.])
+    assert marks["labelers"] == pytest.approx([asked, .5], abs=.02) and abs(asked - .5) > .05
+    assert marks["predicted"] == pytest.approx([1 / (1 + math.exp(-1)), .5]) and marks["score"] == [1., 3.]
+    u = [world.utility(post, text), world.utility(post, post["summary"])]
+    assert marks["utility"] == u and marks["gold"] == [float(u[0] > u[1]), .5]
+    assert figures.powers_of_2(64) == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_where_the_curve_turns():
+    """Catches the peak of another curve than gold's, and a turn claimed where gold does not fall or the prediction does not rise."""
+    def rows(gold, predicted):
+        other = dict.fromkeys(("kl", "labelers", "utility", "score"), .5)
+        return [{"iteration": i, **other, "gold": g, "predicted": p} for i, (g, p) in enumerate(zip(gold, predicted))]
+
+    def says(*curves):
+        facts = figures.turn(rows(*curves)) | {"posts": 1, "posts_best_of_n": 1, "seeds": 1, "comparisons": 1, "posts_compared": 1, "temperature": 1}
+        fits = [{"curve": c, "gain": "utility", "alpha": 1., "beta": 1.} for c in ("ppo", "best_of_n")]
+        return "the turn shows" in figures.caption_overoptimization({"facts": facts, "tables": {"fits": fits}})
+    facts = figures.turn(rows([.3, .6, .4], [.2, .7, .9]))
+    assert [facts[k] for k in ("peak_iteration", "peak_gold", "peak_predicted", "last_iteration", "last_gold")] == [1, .6, .7, 2, .4]
+    assert says([.3, .6, .4], [.2, .7, .9])
+    assert not says([.3, .6, .4], [.2, .7, .6]) and not says([.3, .4, .6], [.2, .7, .9]) and not says([.6, .4, .3], [.2, .7, .9])
+
+
+# --- figures 1 to 6 end to end; those of probes.py have their own tests
+
+MINE = ["preference", "axes", "transfer", "overoptimization", "reward_scaling", "best_of_n"]
+FIGURES = [figure for figure in figures.FIGURES if figure.name in MINE]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The figures on the test preset, one seed."""
+    out = tmp_path_factory.mktemp("figures") / "out"
+    figures.command([*MINE, "--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu"])
+    return out
+
+
+def test_every_figure_is_there(lab):
+    """Catches a figure that is not drawn, a table without its CSV, a report that needs a network or other files."""
+    page, text = (lab / "report.html").read_text(), (lab / "report.md").read_text()
+    assert page.count("src='data:image/png;base64,") == len(MINE) == page.count("<h2 id=")
+    assert not re.search(r"https?://|<script|<link|src=[\"'](?!data:)", page)
+    for figure in FIGURES:
+        measured = json.loads((lab / f"{figure.name}.json").read_text())
+        assert (lab / f"{figure.name}.png").read_bytes()[:4] == b"\x89PNG" and f"]({figure.name}.png)" in text
+        assert re.search(r"figure \d", figure.title) and figure.title in text and figure.caption(measured) in text
+        for table, rows in measured["tables"].items():
+            with open(lab / f"{figure.name}-{table}.csv", newline="") as f:
+                written = list(csv.DictReader(f))
+            assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows] == written and len(rows) > 1
+
+
+def numbers(text):
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?", text)]
+
+
+@pytest.mark.parametrize("name, table, keys", [
+    ("preference", "preference", {"preferred": ".0%", "equal_length": ".0%"}), ("axes", "axes", {"overall_at_least_6_5": ".0%"}),
+    ("transfer", "transfer", {"overall": ".2f"}), ("overoptimization", "fits", {"alpha": ".2f"}),
+    ("best_of_n", "best_of_n", {"gold": ".0%"})])
+def test_captions_say_what_the_tables_say(lab, name, table, keys):
+    """Catches a number written into a caption by hand: planted into the table, it must come out of the caption."""
+    figure = next(f for f in figures.FIGURES if f.name == name)
+    measured = json.loads((lab / f"{name}.json").read_text())
+    assert f"{measured['facts']['seeds']} seeds" in figure.caption(measured) and f"{measured['facts']['posts']} posts" in figure.caption(measured)
+    for key, form in keys.items():
+        rng = random.Random(0)
+        for row in measured["tables"][table]:
+            row[key] = rng.randint(100, 999) / 1000 if form == ".0%" else rng.randint(100, 999) / 100
+        shown = sum(format(row[key], form) in figure.caption(measured) for row in measured["tables"][table])
+        assert shown >= (2 if name != "axes" else 3), key
+
+
+def test_facts_are_what_the_tables_say(lab):
+    """Catches a caption's fact that is of another row than it says: the peak, the end, the ceiling's neighbours."""
+    measured = json.loads((lab / "overoptimization.json").read_text())
+    rows, f = measured["tables"]["ppo"], measured["facts"]
+    assert rows[0]["kl"] == 0 and [r["iteration"] for r in rows] == [0, 1, 2]
+    assert f["peak_gold"] == max(r["gold"] for r in rows) and f["last_predicted"] == rows[-1]["predicted"] and f["last_kl"] == rows[-1]["kl"]
+    seeds = measured["tables"]["seeds"]
+    assert rows[1]["kl"] == pytest.approx(np.mean([s["kl"] for s in seeds if s["iteration"] == 1]))
+    measured = json.loads((lab / "reward_scaling.json").read_text())
+    rows, f = measured["tables"]["reward"], measured["facts"]
+    assert f["per_doubling_of_data"] == pytest.approx(figures.slopes(rows)[0]) and f["largest"] == rows[-1]["accuracy"]
+    caption = next(x for x in figures.FIGURES if x.name == "reward_scaling").caption(measured)
+    assert f"{100 * f['per_doubling_of_size']:+.2f}" in caption and "no standard error" in caption and f"{f['ceiling']:.1%}" in caption
+
+
+def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys):
+    """Catches a figure measured twice, or drawn from runs: with the runs away the pictures come back, and only what is missing is measured."""
+    before = (lab / "axes.png").read_bytes()
+    (lab / "axes.png").unlink()
+    os.rename(lab / "runs", lab / "elsewhere")
+    try:
+        figures.command(["axes", "preference", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])
+    finally:
+        os.rename(lab / "elsewhere", lab / "runs")
+    assert (lab / "axes.png").read_bytes() == before and "measured before" in capsys.readouterr().out
+    (lab / "axes.json").unlink()
+    changed = {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")}
+    figures.command(["axes", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])  # its runs are there: nothing trains
+    assert changed == {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")} and (lab / "axes.json").exists()
+
+
+def test_one_base_and_seeds_above_it(lab):
+    """Catches a seed that makes its own language model, or shares comparisons that it should collect itself."""
+    files = {path.parent.parent.name: path.read_bytes() for path in (lab / "runs").glob("default*/sft/model.safetensors")}
+    assert len(files) == 5 and len(set(files.values())) == 1
+    weak, strong = ((lab / "runs" / name / "comparisons.jsonl").read_text().splitlines() for name in
+                    ("default-seed1-collect.posts=8", "default-seed1"))
+    posts = [{json.loads(line)["info"]["id"] for line in lines if json.loads(line)["split"] == "train"} for lines in (weak, strong)]
+    assert posts[0] < posts[1] and len(posts[0]) == 8
+
+
+def test_bad_options_are_one_sentence(lab, tmp_path):
+    for argv, says in ((["nothing"], "no figure 'nothing'"), (["--seeds", "a"], "whole numbers"),
+                       (["--out", str(lab), "--preset", "test", "--seeds", "2"], "was made with seeds")):
+        with pytest.raises(DataError, match=says):
+            figures.command(argv + ([] if "--out" in argv else ["--out", str(tmp_path / "x")]))
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "axes.json").write_text("{")
+    with pytest.raises(DataError, match="axes.json is damaged"):
+        figures.load_measured(str(tmp_path), "axes")
