@@ -33,11 +33,11 @@ from safetensors import safe_open
 import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, lead3, length_controlled_win_rate,
-                        new_figure, read_samples, reward_margins, sampled_kl, save_figure, wins)
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, draw_curves, lead3,
+                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
-from sft import Parser, load_model, open_run, pick_device, run_main
+from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
 
 # name; title with the paper's own number; measure(lab) -> {"tables": {table: [flat dict]}, "facts": {name: number}};
 # draw(measured, path) from that alone; caption(measured) -> text; minutes it takes of two cores once its bases are there
@@ -609,6 +609,30 @@ def caption_best_of_n(measured):
             "seeds of comparisons and reward model; bands: 95 % bootstrap over posts and seeds.")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# not in the papers: what the curves of a healthy run look like
+
+def measure_curves(lab):
+    logs, rows = [read_metrics(os.path.join(lab.finished(seed), "ppo")) for seed in lab.seeds], []
+    for key, _ in PPO_CURVES:
+        for step in range(len(logs[0])):
+            values = [log[step][key] for log in logs]
+            rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values)})
+    return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0])}}
+
+
+def draw_healthy(measured, path):
+    draw_curves([], measured["tables"]["curves"], path)
+
+
+def caption_curves(measured):
+    rows, f = measured["tables"]["curves"], measured["facts"]
+    first, last = ({r["curve"]: r for r in rows if r["step"] == step} for step in (0, f["iterations"] - 1))
+    return (f"Lay yours on top: a default run's report draws it over docs/healthy_run.csv, which is this figure's table. {f['iterations']} "
+            f"iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
+            + ", ".join(f"{label} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, label in PPO_CURVES) + ".")
+
+
 FIGURES = [
     Figure("preference", "Preference over the references by model size (Stiennon 2020, figure 1)", measure_preference, draw_preference,
            caption_preference, 9),
@@ -630,6 +654,7 @@ FIGURES = [
            probes.measure_critics, probes.draw_critics, probes.caption_critics, 3),
     Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
            probes.draw_ladder, probes.caption_ladder, 1),
+    Figure("curves", "PPO's curves when all is well (default preset)", measure_curves, draw_healthy, caption_curves, 0.1),
 ]
 
 

@@ -5,10 +5,12 @@ import math
 import os
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import evaluation
 import figures
 import world
 from data import DataError
@@ -183,3 +185,28 @@ def test_bad_options_are_one_sentence(lab, tmp_path):
     (tmp_path / "axes.json").write_text("{")
     with pytest.raises(DataError, match="axes.json is damaged"):
         figures.load_measured(str(tmp_path), "axes")
+
+
+def test_the_band_of_healthy_curves(tmp_path, monkeypatch):
+    """Catches a band that is not the lowest and highest seed's, and a run drawn without it, or a run of other settings with it."""
+    logs = {seed: [{"step": i, **{key: seed + i * .5 for key, _ in evaluation.PPO_CURVES}} for i in range(3)] for seed in (1, 2, 6)}
+    monkeypatch.setattr(figures, "read_metrics", lambda folder: logs[int(folder.split("/")[0])])
+    measured = figures.measure_curves(SimpleNamespace(seeds=[1, 2, 6], finished=str))
+    rows = measured["tables"]["curves"]
+    assert len(rows) == 3 * len(evaluation.PPO_CURVES)
+    assert rows[1] == {"curve": "score", "step": 1, "mean": 3.5, "low": 1.5, "high": 6.5, "seeds": 3}
+    assert "reward model's score 3.00 to 4.00" in figures.caption_curves(measured)
+    file = tmp_path / "docs.csv"
+    monkeypatch.setattr(evaluation, "HEALTHY", str(file))
+    assert evaluation.healthy_band() == []
+    with open(file, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert [{**row, "seeds": 3} for row in evaluation.healthy_band()] == rows
+    monkeypatch.setattr(evaluation, "read_metrics", lambda folder: logs[1])
+    pictures = []
+    for preset in ("tiny", "real"):
+        evaluation.draw_ppo("x", tmp_path / "a.png", preset)
+        pictures.append((tmp_path / "a.png").read_bytes())
+    assert pictures[0] != pictures[1]
