@@ -51,6 +51,8 @@ def test_results_have_every_field(finished):
     assert {"accuracy", "accuracy_ci", "labeler_ceiling", "longer_wins", "n"} <= set(results["reward_model"])
     assert set(results["policies"]) - {"in_context"} == {"reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"}  # room permitting
     for name, p in results["policies"].items():
+        if name == "in_context" and p is None:
+            continue
         assert {"gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "rm_win_rate", "gold_utility", "rm_score", "kl",
                 "length", "no_eos", "n"} <= set(p)
         assert (p["kl"] is None) == (name in ("reference", "lead3", "in_context")) and p["n"] == 12
