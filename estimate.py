@@ -49,7 +49,7 @@ def stages(s, c, Q, R, sizes, device):
         part, tokens = getattr(s, name), sizes[name] * getattr(s, name).epochs
         rows = min(part.micro or part.batch, part.batch)
         predicted = T if part.query_weight else R
-        memory = trained + kept(c, rows, T, device, part.recompute) + 3 * 4 * rows * predicted * V  # logits, softmax, gradient
+        memory = trained + kept(c, rows, T, device, part.recompute) + 3 * min(2**27, 4 * rows * predicted * V)  # logits, softmax, gradient of a chunk
         out[name] = memory, (4 if part.recompute else 3) * forward_flops(c, tokens, T) + 3 * unembed * tokens * predicted / T
     half = 2 if choose_precision(device)[0] == torch.bfloat16 else 4
     each = sizes["query"] + R * sizes["responses"] / max(1, sizes["groups"])
