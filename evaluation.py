@@ -400,24 +400,44 @@ def draw_training(folder, path):
     save_figure(figure, path)
 
 
-def draw_ppo(folder, path):
-    """What to watch while PPO runs."""
-    rows = read_metrics(os.path.join(folder, "ppo"))
-    curves = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
+PPO_CURVES = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
               ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
               ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
-    curves = [c for c in curves if rows[0].get(c[0]) is not None]
+HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "healthy_run.csv")  # `python run.py figures curves` makes it
+
+
+def healthy_band():
+    """What the curves of the default preset look like over seeds: rows of curve, step, mean, low, high; none where the file is not there."""
+    if not os.path.exists(HEALTHY):
+        return []
+    with open(HEALTHY, newline="") as f:
+        return [{key: value if key == "curve" else float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+
+
+def draw_curves(rows, band, path):
+    """PPO's curves of one run (metrics of each iteration), and in grey the band of others: lowest and highest seed, and their mean."""
+    shown = [(key, label) for key, label in PPO_CURVES if (rows and rows[0].get(key) is not None) or not rows]
     figure, axes = new_figure(columns=4, rows=2, width=3.2, height=2.6)
-    for ax, (key, label) in zip(axes.flat, curves):
+    for ax, (key, label) in zip(axes.flat, shown):
+        of = [r for r in band if r["curve"] == key]
+        if of:
+            steps = [r["step"] for r in of]
+            ax.fill_between(steps, [r["low"] for r in of], [r["high"] for r in of], color=GREY, alpha=.3, lw=0)
+            ax.plot(steps, [r["mean"] for r in of], color=GREY)
         ax.plot([r["step"] for r in rows], [r[key] for r in rows], color=BLUE)
         ax.set(xlabel="iteration", title=label)
         ax.title.set_fontsize(9)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in list(axes.flat)[len(curves):]:
+    for ax in list(axes.flat)[len(shown):]:
         ax.axis("off")
-    last = axes.flat[len(curves) - 1]  # explained variance starts far below 0
+    last = axes.flat[len(shown) - 1]  # explained variance starts far below 0
     last.set_ylim(bottom=max(-1, last.get_ylim()[0]))
     save_figure(figure, path)
+
+
+def draw_ppo(folder, path, preset):
+    """What to watch while PPO runs; for the default preset on top of what it looks like when all is well."""
+    draw_curves(read_metrics(os.path.join(folder, "ppo")), healthy_band() if preset == "tiny" else [], path)
 
 
 def draw_reward(measured, path):
@@ -570,7 +590,7 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     draw_win_rates(policies, os.path.join(report, "win_rates.png"))
     draw_reward(reward, os.path.join(report, "reward.png"))
     draw_training(folder, os.path.join(report, "training.png"))
-    draw_ppo(folder, os.path.join(report, "ppo.png"))
+    draw_ppo(folder, os.path.join(report, "ppo.png"), results["settings"]["preset"])
     write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples, bits))
     header, rows = table_rows(policies)
     save_table(folder, "policies", header, rows)

@@ -33,11 +33,11 @@ from safetensors import safe_open
 import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, lead3, length_controlled_win_rate,
-                        new_figure, read_samples, reward_margins, sampled_kl, save_figure, wins)
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, draw_curves, lead3,
+                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
-from sft import Parser, load_model, open_run, pick_device, run_main
+from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
 
 # name; title with the paper's own number; measure(lab) -> {"tables": {table: [flat dict]}, "facts": {name: number}};
 # draw(measured, path) from that alone; caption(measured) -> text; minutes it takes of two cores once its bases are there
@@ -201,12 +201,13 @@ def caption_preference(measured):
     by = {(r["size"], r["policy"]): r for r in rows}
     largest = list(dict.fromkeys(r["size"] for r in rows))[-1]
     sft, ppo = by[largest, "sft"], by[largest, "ppo"]
-    return (f"In the paper human feedback lies above supervised training, and supervised above pretrained, at every size; curves rise with "
-            f"size; only human feedback passes 50 % (61 % at 1.3B, about 70 % at 6.7B, some 5 points less at equal length). Ours, largest "
-            f"size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} and "
-            f"{ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} seeds of "
-            "comparisons, reward model and PPO; bars: 95 % bootstrap over posts and seeds on the left, lowest and highest seed on the right. "
-            f"PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT model per size.")
+    return ("In the paper human feedback lies above supervised training, and supervised above pretrained, at every size; curves rise "
+            "with size; only human feedback passes 50 % (61 % at 1.3B, about 70 % at 6.7B, some 5 points less at equal length). Ours, "
+            f"largest size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} "
+            f"and {ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} "
+            "seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over posts and seeds on the left, lowest and highest seed "
+            f"on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT "
+            "model per size.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,11 +245,11 @@ def caption_axes(measured):
     gain = {axis: rows["ppo"][axis] - rows["sft"][axis] for axis in AXES}
     return ("In the paper human feedback is ahead of supervised training on every axis, most of all on coverage. Ours: PPO over SFT by "
             + ", ".join(f"{gain[axis]:+.2f} in {axis}" for axis in AXES)
-            + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT {rows['sft']['overall_at_least_6_5']:.0%}, "
-            f"reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: 45 %, 20 %, 23 %). The gold judge's marks, "
-            f"{facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over posts and seeds. SFT's accuracy, "
-            f"{rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was to gain: who writes the world's "
-            "own sentences is coherent to the judge.")
+            + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT "
+            f"{rows['sft']['overall_at_least_6_5']:.0%}, reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: "
+            f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over posts and "
+            f"seeds. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was "
+            "to gain: who writes the world's own sentences is coherent to the judge.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,13 +303,14 @@ def caption_transfer(measured):
     def mark(policy):
         r = rows[policy]
         return f"{r['overall']:.2f} ({r['overall_low']:.2f} to {r['overall_high']:.2f})"
-    return ("In the paper models that learned from TL;DR alone summarise CNN/DM news: human feedback well above the supervised model of its "
-            "size, close to a model that was fine-tuned on news although half as long; references and lead-3 are hard to beat. Ours, "
+    return ("In the paper models that learned from TL;DR alone summarise CNN/DM news: human feedback well above the supervised model of "
+            "its size, close to a model that was fine-tuned on news although half as long; references and lead-3 are hard to beat. Ours, "
             f"overall marks on news: PPO on the first world {mark('ppo')}, its SFT {mark('sft')}, pretrained {mark('pretrained')}, SFT on "
             f"news {mark('news_sft')}, references {mark('reference')}, lead-3 {mark('lead3')}. SFT, reward model and PPO never saw news; "
-            f"{facts['news']:.0%} of the pretraining posts are news, as GPT-3 had read news too (a language model that has read none writes of "
-            f"the first world only). {facts['parameters'] / 1e6:.2f}M parameters, {facts['posts']} posts, {facts['seeds']} seeds of comparisons, "
-            "reward model and PPO, gold judge, greedy decoding; bars: 95 % bootstrap over posts and, for PPO, seeds.")
+            f"{facts['news']:.0%} of the pretraining posts are news, as GPT-3 had read news too (a language model that has read none "
+            f"writes of the first world only). {facts['parameters'] / 1e6:.2f}M parameters, {facts['posts']} posts, {facts['seeds']} "
+            "seeds of comparisons, reward model and PPO, gold judge, greedy decoding; bars: 95 % bootstrap over posts and, for PPO, "
+            "seeds.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +428,8 @@ def measure_overoptimization(lab):
 def draw_overoptimization(measured, path):
     tables = measured["tables"]
     figure, ((left, right),) = new_figure(columns=2, width=5.2, height=4.2)
-    for key, colour, label in (("predicted", ORANGE, "reward model predicts"), ("gold", BLUE, "gold judge"), ("labelers", GREEN, "labelers")):
+    for key, colour, label in (("predicted", ORANGE, "reward model predicts"), ("gold", BLUE, "gold judge"),
+                               ("labelers", GREEN, "labelers")):
         for table, marker, style, how in (("ppo", "o", "-", "PPO"), ("best_of_n", "^", ":", "best of n")):
             x, y, low, high = ([r[k] for r in tables[table]] for k in ("kl", key, key + "_low", key + "_high"))
             left.plot(x, y, color=colour, marker=marker, ms=4, ls=style, label=f"{label}, {how}")
@@ -453,15 +456,16 @@ def caption_overoptimization(measured):
     f, fits = measured["facts"], {(r["curve"], r["gain"]): r for r in measured["tables"]["fits"]}
     rl, bon = fits["ppo", "utility"], fits["best_of_n", "utility"]
     turned = f["last_gold"] < f["peak_gold"] and f["last_predicted"] > f["peak_predicted"] and f["peak_iteration"] > 0
-    return ("In the paper the reward model's prediction keeps rising with KL while people's preference rises, turns and falls below 50 %. "
-            f"Ours: gold preference is best at {f['peak_kl']:.1f} nats with {f['peak_gold']:.0%} (prediction {f['peak_predicted']:.0%}, labelers "
-            f"{f['peak_labelers']:.0%}); at {f['last_kl']:.1f} nats it is {f['last_gold']:.0%}, the prediction {f['last_predicted']:.0%}, labelers "
-            f"{f['last_labelers']:.0%}: the turn {'shows' if turned else 'does not show here'}. The dials: a reward model from about "
-            f"{f['comparisons']} comparisons on {f['posts_compared']} posts (the default run has 1500 posts), and PPO without KL penalty for "
-            f"{f['last_iteration']} iterations, whose policies are taken along the way; Gao finds that a penalty acts like stopping early. Gao's forms, "
-            f"fitted to the mean gain in gold utility: PPO d({rl['alpha']:.2f} - {rl['beta']:.2f} log d), best of n d({bon['alpha']:.2f} - "
-            f"{bon['beta']:.2f} d), d = √KL. Samples at temperature {f['temperature']}; {f['posts']} posts ({f['posts_best_of_n']} for best of n), "
-            f"{f['seeds']} seeds of comparisons, reward model and PPO; bands: 95 % bootstrap over posts and seeds.")
+    return ("In the paper the reward model's prediction keeps rising with KL while people's preference rises, turns and falls below 50 "
+            f"%. Ours: gold preference is best at {f['peak_kl']:.1f} nats with {f['peak_gold']:.0%} (prediction "
+            f"{f['peak_predicted']:.0%}, labelers {f['peak_labelers']:.0%}); at {f['last_kl']:.1f} nats it is {f['last_gold']:.0%}, the "
+            f"prediction {f['last_predicted']:.0%}, labelers {f['last_labelers']:.0%}: the turn "
+            f"{'shows' if turned else 'does not show here'}. The dials: a reward model from about {f['comparisons']} comparisons on "
+            f"{f['posts_compared']} posts (the default run has 1500 posts), and PPO without KL penalty for {f['last_iteration']} "
+            "iterations, whose policies are taken along the way; Gao finds that a penalty acts like stopping early. Gao's forms, fitted "
+            f"to the mean gain in gold utility: PPO d({rl['alpha']:.2f} - {rl['beta']:.2f} log d), best of n d({bon['alpha']:.2f} - "
+            f"{bon['beta']:.2f} d), d = √KL. Samples at temperature {f['temperature']}; {f['posts']} posts ({f['posts_best_of_n']} for "
+            f"best of n), {f['seeds']} seeds of comparisons, reward model and PPO; bands: 95 % bootstrap over posts and seeds.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,12 +550,12 @@ def caption_reward_scaling(measured):
     def points(name):
         se = f[name + "_se"]
         return f"{100 * f[name]:+.2f}" + (" (one seed, no standard error)" if se is None else f" ± {100 * se:.2f}")
-    return ("In the paper accuracy rises with both, by about 1.1 points per doubling of the data and 1.8 per doubling of the model. Ours: "
-            f"{points('per_doubling_of_data')} points per doubling of the comparisons, {points('per_doubling_of_size')} per doubling of the "
-            f"parameters (regression on both logarithms, one per seed; ± is the standard error over seeds); from {f['smallest']:.1%} to "
-            f"{f['largest']:.1%}, the noise-free judge {f['ceiling']:.1%}. {f['labels']:,} held-out labels of {f['seeds']} seeds; all sizes train "
-            "on the same comparisons, of samples of the default size's models; bars: standard error over seeds. Different from the paper: a "
-            "ceiling, which the labelers' noise sets, is known.")
+    return ("In the paper accuracy rises with both, by about 1.1 points per doubling of the data and 1.8 per doubling of the model. "
+            f"Ours: {points('per_doubling_of_data')} points per doubling of the comparisons, {points('per_doubling_of_size')} per "
+            "doubling of the parameters (regression on both logarithms, one per seed; ± is the standard error over seeds); from "
+            f"{f['smallest']:.1%} to {f['largest']:.1%}, the noise-free judge {f['ceiling']:.1%}. {f['labels']:,} held-out labels of "
+            f"{f['seeds']} seeds; all sizes train on the same comparisons, of samples of the default size's models; bars: standard error "
+            "over seeds. Different from the paper: a ceiling, which the labelers' noise sets, is known.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,13 +600,37 @@ def caption_best_of_n(measured):
     rows, f = measured["tables"]["best_of_n"], measured["facts"]
     last, first = {r["by"]: r for r in rows if r["n"] == max(q["n"] for q in rows)}, rows[0]
     peak = max((r for r in rows if r["by"] == "ROUGE-L"), key=lambda r: r["gold"])
-    return ("In the paper choosing by ROUGE peaks sooner and far lower than choosing by a reward model, and a later or larger reward model "
-            f"chooses better. Ours: from {percent(first, 'gold')} at n = {first['n']} to, at n = {last['ROUGE-L']['n']}, "
+    return ("In the paper choosing by ROUGE peaks sooner and far lower than choosing by a reward model, and a later or larger reward "
+            f"model chooses better. Ours: from {percent(first, 'gold')} at n = {first['n']} to, at n = {last['ROUGE-L']['n']}, "
             + ", ".join(f"{percent(r, 'gold')} by {name}" for name, r in last.items())
-            + f"; ROUGE-L is at its best at n = {peak['n']} with {peak['gold']:.0%}. ROUGE is measured against the very reference that the choice "
-            "is compared with; the earlier reward model is that of the over-optimisation figure, the smaller one that of the small models. "
-            f"{f['posts']} posts, {f['samples']} samples of each (the estimate runs over all subsets of n), {f['seeds']} seeds of comparisons and "
-            "reward model; bands: 95 % bootstrap over posts and seeds.")
+            + f"; ROUGE-L is at its best at n = {peak['n']} with {peak['gold']:.0%}. ROUGE is measured against the very reference that "
+            "the choice is compared with; the earlier reward model is that of the over-optimisation figure, the smaller one that of the "
+            f"small models. {f['posts']} posts, {f['samples']} samples of each (the estimate runs over all subsets of n), {f['seeds']} "
+            "seeds of comparisons and reward model; bands: 95 % bootstrap over posts and seeds.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# not in the papers: what the curves of a healthy run look like
+
+def measure_curves(lab):
+    logs, rows = [read_metrics(os.path.join(lab.finished(seed), "ppo")) for seed in lab.seeds], []
+    for key, _ in PPO_CURVES:
+        for step in range(len(logs[0])):
+            values = [log[step][key] for log in logs]
+            rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values)})
+    return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0])}}
+
+
+def draw_healthy(measured, path):
+    draw_curves([], measured["tables"]["curves"], path)
+
+
+def caption_curves(measured):
+    rows, f = measured["tables"]["curves"], measured["facts"]
+    first, last = ({r["curve"]: r for r in rows if r["step"] == step} for step in (0, f["iterations"] - 1))
+    return (f"Lay yours on top: a default run's report draws it over docs/healthy_run.csv, which is this figure's table. {f['iterations']} "
+            f"iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
+            + ", ".join(f"{label} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, label in PPO_CURVES) + ".")
 
 
 FIGURES = [
@@ -626,6 +654,7 @@ FIGURES = [
            probes.measure_critics, probes.draw_critics, probes.caption_critics, 3),
     Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
            probes.draw_ladder, probes.caption_ladder, 1),
+    Figure("curves", "PPO's curves when all is well (default preset)", measure_curves, draw_healthy, caption_curves, 0.1),
 ]
 
 

@@ -543,14 +543,16 @@ def measure_agreement(lab):
             "facts": facts_of(lab, run.posts["test"] + run.posts["held_out"])}
 
 
-COPY_BIAS = 25.0  # key facts that a summary copied whole is worth to the copying labelers
+COPY_BIAS = 60.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
+LONGER = {"reward.epochs": 3, "ppo.iterations": 16}  # a reward model sees in its second pass only what is copied; for honest labelers too
 UNSUPERVISED = {"sft.lr": 1e-12}  # an SFT stage that changes nothing: PPO and reward model start from the pretrained model
 
 
 def measure_copying(lab):
-    units, maps, device, seeds = [], defaultdict(list), pick_device(lab.device), lab.seeds[:2]
+    units, maps, device, seeds = [], defaultdict(list), pick_device(lab.device), lab.seeds[:1]  # one: each takes nine minutes
+    longer = {} if lab.quick or lab.preset == "test" else LONGER
     for seed in seeds:
-        folders = {(start, labels): lab.finished(seed, until="ppo", **how, **bias)
+        folders = {(start, labels): lab.finished(seed, until="ppo", **how, **bias, **longer)
                    for labels, bias in (("honest", {}), ("copying", {"collect.copy_bias": COPY_BIAS}))
                    for start, how in (("fine-tuned", UNSUPERVISED), ("supervised + fine-tuned", {}))}
         run = open_run(folders["supervised + fine-tuned", "honest"])

@@ -143,7 +143,7 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
                 "pretrain.query_weight": 1.0, "sft.epochs": 0,
                 "collect.posts": 5000, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
-                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 5e-4, "ppo.iterations": 60, "ppo.batch": 64, "ppo.minibatches": 1, "ppo.epochs": 4,
+                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1, "ppo.epochs": 4,
                 "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
                 "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
                 "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},

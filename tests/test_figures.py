@@ -5,10 +5,12 @@ import math
 import os
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import evaluation
 import figures
 import world
 from data import DataError
@@ -32,7 +34,7 @@ def test_intervals_over_seeds_and_posts():
     x = np.random.default_rng(0).normal(size=200)
     mean, interval = figures.mean_ci([x])
     assert mean == pytest.approx(x.mean()) and interval == pytest.approx(bootstrap_ci(x), abs=.02)
-    width = [hi - lo for _, (lo, hi) in (figures.mean_ci([x, x, x]), figures.mean_ci([x - 1, x, x + 1]), figures.mean_ci([[0.] * 9, [1.] * 9]))]
+    width = [hi - lo for values in ([x, x, x], [x - 1, x, x + 1], [[0.] * 9, [1.] * 9]) for lo, hi in [figures.mean_ci(values)[1]]]
     assert width[0] == pytest.approx(interval[1] - interval[0], rel=.1) and width[1] > 3 * width[0] and width[2] == 1
     truth, held = np.random.default_rng(1), 0
     for _ in range(100):  # 8 seeds that differ by .3, posts by 1
@@ -71,7 +73,8 @@ def test_where_the_curve_turns():
         return [{"iteration": i, **other, "gold": g, "predicted": p} for i, (g, p) in enumerate(zip(gold, predicted))]
 
     def says(*curves):
-        facts = figures.turn(rows(*curves)) | {"posts": 1, "posts_best_of_n": 1, "seeds": 1, "comparisons": 1, "posts_compared": 1, "temperature": 1}
+        facts = figures.turn(rows(*curves)) | dict.fromkeys(("posts", "posts_best_of_n", "seeds", "comparisons", "posts_compared",
+                                                             "temperature"), 1)
         fits = [{"curve": c, "gain": "utility", "alpha": 1., "beta": 1.} for c in ("ppo", "best_of_n")]
         return "the turn shows" in figures.caption_overoptimization({"facts": facts, "tables": {"fits": fits}})
     facts = figures.turn(rows([.3, .6, .4], [.2, .7, .9]))
@@ -121,7 +124,8 @@ def test_captions_say_what_the_tables_say(lab, name, table, keys):
     """Catches a number written into a caption by hand: planted into the table, it must come out of the caption."""
     figure = next(f for f in figures.FIGURES if f.name == name)
     measured = json.loads((lab / f"{name}.json").read_text())
-    assert f"{measured['facts']['seeds']} seeds" in figure.caption(measured) and f"{measured['facts']['posts']} posts" in figure.caption(measured)
+    for what in ("seeds", "posts"):
+        assert f"{measured['facts'][what]} {what}" in figure.caption(measured)
     for key, form in keys.items():
         rng = random.Random(0)
         for row in measured["tables"][table]:
@@ -135,7 +139,8 @@ def test_facts_are_what_the_tables_say(lab):
     measured = json.loads((lab / "overoptimization.json").read_text())
     rows, f = measured["tables"]["ppo"], measured["facts"]
     assert rows[0]["kl"] == 0 and [r["iteration"] for r in rows] == [0, 1, 2]
-    assert f["peak_gold"] == max(r["gold"] for r in rows) and f["last_predicted"] == rows[-1]["predicted"] and f["last_kl"] == rows[-1]["kl"]
+    assert f["peak_gold"] == max(r["gold"] for r in rows)
+    assert f["last_predicted"] == rows[-1]["predicted"] and f["last_kl"] == rows[-1]["kl"]
     seeds = measured["tables"]["seeds"]
     assert rows[1]["kl"] == pytest.approx(np.mean([s["kl"] for s in seeds if s["iteration"] == 1]))
     measured = json.loads((lab / "reward_scaling.json").read_text())
@@ -146,7 +151,7 @@ def test_facts_are_what_the_tables_say(lab):
 
 
 def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys):
-    """Catches a figure measured twice, or drawn from runs: with the runs away the pictures come back, and only what is missing is measured."""
+    """Catches a figure measured twice, or drawn from runs: with the runs away pictures come back; only what is missing is measured."""
     before = (lab / "axes.png").read_bytes()
     (lab / "axes.png").unlink()
     os.rename(lab / "runs", lab / "elsewhere")
@@ -157,7 +162,7 @@ def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys
     assert (lab / "axes.png").read_bytes() == before and "measured before" in capsys.readouterr().out
     (lab / "axes.json").unlink()
     changed = {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")}
-    figures.command(["axes", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])  # its runs are there: nothing trains
+    figures.command(["axes", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])  # its runs are there
     assert changed == {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")} and (lab / "axes.json").exists()
 
 
@@ -180,3 +185,28 @@ def test_bad_options_are_one_sentence(lab, tmp_path):
     (tmp_path / "axes.json").write_text("{")
     with pytest.raises(DataError, match="axes.json is damaged"):
         figures.load_measured(str(tmp_path), "axes")
+
+
+def test_the_band_of_healthy_curves(tmp_path, monkeypatch):
+    """Catches a band that is not the lowest and highest seed's, and a run drawn without it, or a run of other settings with it."""
+    logs = {seed: [{"step": i, **{key: seed + i * .5 for key, _ in evaluation.PPO_CURVES}} for i in range(3)] for seed in (1, 2, 6)}
+    monkeypatch.setattr(figures, "read_metrics", lambda folder: logs[int(folder.split("/")[0])])
+    measured = figures.measure_curves(SimpleNamespace(seeds=[1, 2, 6], finished=str))
+    rows = measured["tables"]["curves"]
+    assert len(rows) == 3 * len(evaluation.PPO_CURVES)
+    assert rows[1] == {"curve": "score", "step": 1, "mean": 3.5, "low": 1.5, "high": 6.5, "seeds": 3}
+    assert "reward model's score 3.00 to 4.00" in figures.caption_curves(measured)
+    file = tmp_path / "docs.csv"
+    monkeypatch.setattr(evaluation, "HEALTHY", str(file))
+    assert evaluation.healthy_band() == []
+    with open(file, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert [{**row, "seeds": 3} for row in evaluation.healthy_band()] == rows
+    monkeypatch.setattr(evaluation, "read_metrics", lambda folder: logs[1])
+    pictures = []
+    for preset in ("tiny", "real"):
+        evaluation.draw_ppo("x", tmp_path / "a.png", preset)
+        pictures.append((tmp_path / "a.png").read_bytes())
+    assert pictures[0] != pictures[1]

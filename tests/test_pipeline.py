@@ -49,11 +49,13 @@ def test_results_have_every_field(finished):
     results = json.loads((out / "report" / "results.json").read_text())
     assert set(results) == {"settings", "seconds", "peak_rss_mb", "reward_model", "policies"}
     assert {"accuracy", "accuracy_ci", "labeler_ceiling", "longer_wins", "n"} <= set(results["reward_model"])
-    assert set(results["policies"]) == {"reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"}
+    assert set(results["policies"]) - {"in_context"} == {"reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"}  # room permitting
     for name, p in results["policies"].items():
+        if name == "in_context" and p is None:
+            continue
         assert {"gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "rm_win_rate", "gold_utility", "rm_score", "kl",
                 "length", "no_eos", "n"} <= set(p)
-        assert (p["kl"] is None) == (name in ("reference", "lead3")) and p["n"] == 12
+        assert (p["kl"] is None) == (name in ("reference", "lead3", "in_context")) and p["n"] == 12
         assert p["gold_win_rate_ci"][0] <= p["gold_win_rate"] <= p["gold_win_rate_ci"][1]
     assert results["policies"]["reference"]["gold_win_rate"] == 0.5 and results["policies"]["sft"]["kl"] == 0
     assert results["seconds"]["total"] == pytest.approx(sum(t for k, t in results["seconds"].items() if k != "total"))
@@ -248,7 +250,7 @@ def test_choices_as_in_ziegler_go_through_every_stage(tmp_path):
     rows = [json.loads(line)["policies"] for line in (out / "evaluation" / "samples.jsonl").open()]
     texts += [row[name]["text"] for row in rows for name in ("pretrained", "sft", "ppo", "best_of_n")]
     tails = [r.enc.encode_ordinary(" " + text.strip())[4:] for text in texts]
-    assert not any(r.stop[0] in tail[:-1] for tail in tails) and sum(tail[-1:] == [r.stop[0]] for tail in tails) > 5
+    assert not any(r.stop[0] in tail[:-1] for tail in tails) and sum(tail[-1:] == [r.stop[0]] for tail in tails) > 2
     margins = [json.loads(line)["margin"] for line in (out / "reward" / "held_out.jsonl").open()]
     model, both = load_model(str(out / "reward"), "cpu", "scalar"), []
     for stop in (r.stop, None):
@@ -281,7 +283,7 @@ def test_stories_go_through_every_stage(tmp_path):
         reference = row["policies"]["reference"]
         assert reference["eos"] and 16 < reference["length"] <= 24 and reference["text"] == row["post"]["summary"]
     results = json.loads((out / "report" / "results.json").read_text())["policies"]
-    assert results.pop("lead3") is None and set(results) == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
+    assert results.pop("lead3") is None and set(results) - {"in_context"} == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
     assert results["ppo"]["gold_win_rate_sft"] is not None and results["pretrained"]["kl"] == results["sft"]["kl"] == 0
     assert "PPO wins" in done.stdout and "nothing was fine-tuned" in (out / "report" / "report.md").read_text()
     assert script("evaluation.py", out).returncode == 0 and script("evaluation.py", out, "--policy", out / "ppo", "--device", "cpu").returncode == 0
@@ -641,7 +643,7 @@ def test_a_run_may_end_early_and_compare_fewer_posts_than_its_base(finished, tmp
     settings.collect.posts, settings.collect.held_out_posts = 5, 3
     run.run_pipeline(settings, 1, str(tmp_path / "few"), "test", str(out), device="cpu", until="reward")
     assert sorted(p.name for p in (tmp_path / "few").iterdir()) == ["comparisons.jsonl", "config.json", "data", "labelers.json", "pretrained", "reward",
-                                                                    "seconds.json", "sft", "tokenizer.json"]
+                                                                    "seconds.json", "sft", "tokenizer.json", "tokens"]
     assert not list((tmp_path / "few" / "sft").glob("state.pt"))  # nothing goes on from there
     ids = {c["info"]["id"] for c in map(json.loads, (tmp_path / "few" / "comparisons.jsonl").read_text().splitlines())}
     assert ids == {f"collect-{i}" for i in range(5)} | {f"held_out-{i}" for i in range(3)}

@@ -48,7 +48,7 @@ def test_rate_covers():
 
 def test_preference_is_what_labelers_do():
     """Catches a lost noise, a forgotten worker, the sign: frequencies of Labeler.compare."""
-    people = world.Labeler(noise=1.5, workers=4, spread=1.0, copy_bias=2.0, seed=1)
+    people = world.Labeler(noise=5.0, workers=4, spread=1.0, copy_bias=2.0, seed=1)
     for post in POSTS[:2]:
         a, b = post["summary"], lead3(post)
         often = np.mean([people.compare(post, a, b)[0] == 0 for _ in range(2500)])
@@ -175,13 +175,18 @@ def test_metrics_judge_the_right_text(enc):
     clear = np.array([abs(world.utility(p, a) - world.utility(p, b)) > 1 for p, a, b in pairs])
     for name in ("labeler", "labeler'", "other labeler", "majority of 3"):  # without noise labelers see what the judge sees
         assert clear.sum() >= 3 and (signs[name] == signs["gold judge"])[clear].all(), name
-    for i, (post, a, b) in enumerate(pairs):
-        mean = []
-        for text in (a, b):
+    pairs, alike = [(p, p["summary"], other["summary"]) for p, other in zip(POSTS, POSTS[1:])], 0
+    said = probes.judge_pairs(run, pairs, model, {})["log π SFT"]
+    for (post, *texts), sign in zip(pairs, said):
+        sums, lengths = [], []
+        for text in texts:
             q, r = encode_query(enc, post, run.Q), encode_response(enc, text, run.R)
-            tokens, lengths = pad_rows([q + r])
-            mean.append(model.logprobs(tokens, lengths - len(r), lengths, len(r)).sum().item() / len(r))
-        assert signs["log π SFT"][i] == np.sign(mean[0] - mean[1])
+            tokens, length = pad_rows([q + r])
+            sums.append(model.logprobs(tokens, length - len(r), length, len(r)).sum().item())
+            lengths.append(len(r))
+        assert sign == np.sign(sums[0] / lengths[0] - sums[1] / lengths[1])
+        alike += sign == np.sign(sums[0] - sums[1])
+    assert alike < len(pairs)  # so the mean is not the sum
 
 
 def test_strangers_are_other_people(enc):
