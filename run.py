@@ -149,7 +149,7 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
                 "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},
     # real data: GPT-2 on the papers' tasks, and a small model from scratch on anybody's posts and text
     "small-real": {"model.vocab_size": 4096, "model.n_embd": 192, "model.n_head": 6, "model.max_query": 320, "model.max_response": 64,
-                   "data.test": 300, "pretrain.epochs": 4, "pretrain.choose": "loss", "pretrain.query_weight": 1.0, "pretrain.batch": 12,
+                   "data.test": 300, "pretrain.epochs": 3, "pretrain.choose": "loss", "pretrain.query_weight": 1.0, "pretrain.batch": 12,
                    "pretrain.lr": 2e-3, "sft.epochs": 2, "sft.choose": "loss", "sft.lr": 3e-4,
                    "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3, "ppo.iterations": 10, "ppo.lr": 1e-4, "evaluation.best_of": 4},
     "gpt2-tldr": {"model.init": "gpt2", **GPT2_TLDR},
