@@ -103,12 +103,12 @@ GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches 
     "model.max_query": 512, "model.max_response": 48, "data.pretrain": 10**6, "data.sft": 10**6, "sft.lr": 6.35e-5, "sft.batch": 128,
     "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
     "ppo.micro": 64}
-GPT2_STYLE = {  # Ziegler's code: best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on
-    "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.lr": 6.35e-5,
+GPT2_STYLE = {  # Ziegler's code: no SFT, best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on, TensorFlow's Adam
+    "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.epochs": 0,
     "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
-    "reward.final_lr": 0.0, "reward.warmup": 0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
-    "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.value": "shared", "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
-    "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
+    "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1,
+    "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared", "ppo.whiten_rewards": True,
+    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -124,13 +124,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
         "ppo.temperature": 1.0, "ppo.ptx_coef": 0.5, "ppo.ptx_ratio": 4, "ppo.ema": 0.9},
     # the papers' own sizes, batches, learning rates and episodes, for real data; where a paper is silent, Ziegler's code
     "ziegler-774m": {
-        "model.vocab_size": 50257, "model.n_layer": 36, "model.n_head": 20, "model.n_embd": 1280, "model.max_query": 64,
-        "model.max_response": 24, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
-        "reward.lr": 1.77e-5, "reward.batch": 8, "reward.warmup": 0, "reward.final_lr": 0.0, "reward.weight_decay": 0.0,
-        "ppo.lr": 1.41e-5, "ppo.iterations": 1953, "ppo.batch": 1024, "ppo.minibatches": 1, "ppo.beta": 0.15, "ppo.kl": "adaptive",
-        "ppo.kl_target": 6.0, "ppo.kl_horizon": 10000, "ppo.value": "shared", "ppo.whiten_rewards": True, "ppo.stop_token": ".",
-        "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 1e9,
-        "ppo.micro": 32},
+        **GPT2_STYLE, "data.task": "sentiment", "model.init": "gpt2-large", "reward.lr": 1.77e-5, "reward.batch": 8, "ppo.lr": 1.41e-5,
+        "ppo.batch": 1024, "ppo.kl_horizon": 10000, "ppo.micro": 32, "ppo.recompute": True},
     "stiennon-1.3b": {
         **GPT3_1B, "model.max_query": 512, "model.max_response": 48, "data.pretrain": 287790, "data.sft": 116722, "sft.lr": 6.35e-5,
         "sft.batch": 128, "reward.lr": 1.5e-5, "ppo.lr": 1.5e-5, "ppo.iterations": 1953, "ppo.minibatches": 1},
