@@ -96,7 +96,7 @@ def check_init(init, enc, Q, R):
 def names_of(post):
     """What tells that two rows are about the same post: an id, unless we made it up, and the text, blanks apart."""
     text = hashlib.sha256(" ".join(post["post"].split()).encode()).hexdigest()
-    made_up = not post.get("id") or post["id"].startswith("line-")
+    made_up = not post.get("id") or post["id"].startswith(("line-", "label-"))
     return {text} if made_up else {text, post["id"]}
 
 
@@ -119,7 +119,7 @@ def read_posts(run):
 
 
 def split_posts(run):
-    """-> encoding, {split: posts}. What is tested on is in no other split, and the vocabulary is not trained on it."""
+    """-> encoding, {split: posts}. Posts that are tested on are in no other split, and the vocabulary is not trained on them."""
     s, files, posts = run.settings.data, run.files, read_posts(run)
     held = max(1, min(s.test, len(posts) // 8))
     parts = {"test": load_posts(files["test_posts"], s.task)[0][:s.test] if files["test_posts"] else posts[:held]}
@@ -131,7 +131,9 @@ def split_posts(run):
         print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {', '.join(f'{n} {rule}' for rule, n in dropped.items() if n)}")
     splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
     if files["prompts"]:
-        splits["prompts"] = without(load_posts(files["prompts"], s.task, need_summary=False)[0], splits["test"] + splits["valid"])
+        prompts = load_posts(files["prompts"], s.task, need_summary=False)[0]
+        prompts = filter_tldr(prompts, enc, need_summary=False)[0] if s.filter else prompts
+        splits["prompts"] = without(prompts, splits["test"] + splits["valid"])
     for name, part in splits.items():
         if not part:
             raise DataError(f"no post is left for {name} once those that are tested on are taken out; more posts are needed")
@@ -194,9 +196,11 @@ def read_comparisons(run, enc):
 def split_comparisons_by_post(comparisons, tested, rng):
     """Give each comparison its split, in place. Several share a post: a fifth of the posts is held out, and every one of `tested`."""
     names = set().union(*map(names_of, tested))
-    keys = sorted({post_key(c["info"]) for c in comparisons})
+    def key(info):  # an excerpt that was labelled twice is one post, whatever its labels are called
+        return info["post"] if (info.get("id") or "").startswith("label-") else post_key(info)
+    keys = sorted({key(c["info"]) for c in comparisons})
     rng.shuffle(keys)
     held_out = set(keys[:max(1, len(keys) // 5)])
     for c in comparisons:
-        c["split"] = "valid" if post_key(c["info"]) in held_out or names & names_of(c["info"]) else "train"
+        c["split"] = "valid" if key(c["info"]) in held_out or names & names_of(c["info"]) else "train"
         c["info"].pop("facts", None)

@@ -172,7 +172,7 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
                 texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
     for post, candidates in zip(posts, texts):
-        if k_min:
+        if k_min and len(candidates) > k_min:
             candidates = candidates[:1] + rng.sample(candidates[1:], rng.randint(k_min, len(candidates) - 1))
         answers = (ask_pairs(labeler, post, candidates, pairs, rng) if labels == "pairs" else
                    ask_all(labeler, post, candidates[1:], labels, rng))

@@ -212,7 +212,9 @@ def split_posts(run):
     posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
                                     world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
     news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
-    posts["pretrain"][:len(news)] = news
+    places = random.Random(f"{run.seed}-news").sample(range(len(posts["pretrain"])), len(news))  # anywhere: what reads the first posts reads both
+    for place, post in zip(places, news):
+        posts["pretrain"][place] = post
     return posts
 
 
@@ -476,12 +478,14 @@ def same_stages(base, old, new):
     if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in real.FILES):
         return []
     differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
-    if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]):
-        a = {**a, "collect": None}  # what is labelled ends by this rule, and in later rounds PPO made it
+    if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]) or \
+            b["sft"]["epochs"] == 0 and "temperature" in differ:
+        a = {**a, "collect": None}  # what is labelled ends by this rule; without SFT it is sampled as in PPO; in later rounds PPO made it
     if b["reward"]["normalise"] == "gain_bias" and "temperature" in differ:
         a = {**a, "reward": None}
     if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
-        a = a if all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo")) else {**a, "sft": None}
+        same = old.get("seed") == new["seed"] and all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo"))
+        a = a if same else {**a, "sft": None}
     names = []
     for name, result, _ in STAGES:
         if name != "data" and a.get(name) != b[name] or not os.path.exists(os.path.join(base, result)):
@@ -597,7 +601,8 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
-    parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it")
+    parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it; of "
+                        "one with another seed the data, the language model and the SFT model")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything (default 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     for file, what in real.FILES.items():

@@ -2,6 +2,7 @@
 import gzip
 import random
 
+import numpy as np
 import pytest
 
 import corpus
@@ -161,3 +162,25 @@ def test_training_reads_stored_rows_as_it_reads_lists(tmp_path, enc):
         model = tiny_model(vocab_size=enc.n_vocab, n_positions=80)
         losses.append(sft.train_lm(model, rows, rows, sft.SFTSettings(batch=8, warmup=1), str(tmp_path / name), seed=0))
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("total", [3000, 50000, 400000])
+def test_rows_of_every_length_agree_on_what_is_held_out(total):
+    """Catches a held-out stretch counted in rows: text that is tested on in rows of one length would be trained on in rows of another."""
+    def ranges(T):
+        starts = np.arange(0, total, T)
+        stops = np.minimum(starts + T, total)
+        train, test = corpus.held_out_text(corpus.TokenRows(None, starts, stops))
+        marks = []
+        for part in (train, test):
+            mark = np.zeros(total, bool)
+            for i in part:
+                mark[starts[i]:stops[i]] = True
+            marks.append(mark)
+        assert len(test) and not (marks[0] & marks[1]).any() and marks[0].mean() > .4
+        return marks
+    for T in (88, 128, 384):
+        for other in (88, 128, 384):
+            assert not (ranges(T)[0] & ranges(other)[1]).any()
+    if total > 10**5:
+        assert .03 < ranges(128)[1].mean() < .07

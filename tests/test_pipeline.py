@@ -514,6 +514,10 @@ def test_which_stages_a_base_shares(finished, monkeypatch):
     monkeypatch.setattr(run, "open_run", lambda _: SimpleNamespace(config=chosen))
     assert alike(sft__choose="reward") and not alike(sft__choose="reward", ppo__beta=1.0)  # PPO's settings had a say in the SFT model
     assert run.same_stages(out, chosen, chosen) == names and run.same_stages(out, chosen, other) == names[:2]
+    assert run.same_stages(out, chosen, {**chosen, "seed": 9}) == names[:2]  # another seed's reward model would choose another
+    warm, old["settings"]["sft"]["epochs"] = json.loads(json.dumps(old)), 0
+    warm["settings"]["sft"]["epochs"], warm["settings"]["ppo"]["temperature"] = 0, 1.0  # labels are on samples as PPO draws them
+    assert run.same_stages(out, old, warm) == names[:3]
 
 
 def rows_of(file):

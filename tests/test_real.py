@@ -5,6 +5,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,10 +186,14 @@ def test_stored_rows_of_a_run(tmp_path, enc, book):
     assert enc.decode(queries[2]).startswith("Article:") and enc.decode(responses[2])[0] != " "
     assert [list(part) for part in sft.stored_posts(r, "sft")] == [queries, responses]
     rows = [row for name in "ab" for row in corpus.text_rows(f"{book}/{name}.txt", enc, 102)]
-    kept = [row for i, row in enumerate(rows) if i % 80 not in (4, 5, 6, 7) and len(row) > 1]
+    ends = np.cumsum([len(row) for row in rows])
+    stretch = int(ends[-1]) // 20
+    assert 1024 < stretch < 4096  # the second of 20 such stretches is held out
+    stretches = [(int(end - len(row)) // stretch, int(end - 1) // stretch) for row, end in zip(rows, ends)]
+    kept = [row for row, (a, b) in zip(rows, stretches) if not {a % 20, b % 20} & {1} and len(row) > 1]
     a, b = sft.stored_posts(r, "pretrain")
     assert list(a) == queries + [row[:1] for row in kept] and list(b) == responses + [row[1:] for row in kept]
-    assert list(sft.run_text(r)[1]) == [row for i, row in enumerate(rows) if i % 80 in (4, 5, 6, 7)] and len(rows) > 80
+    assert list(sft.run_text(r)[1]) == [row for row, (a, b) in zip(rows, stretches) if a == b == 1 or a == b == 21] != []
 
 
 def test_stored_groups_are_the_groups(tmp_path, enc):
@@ -298,3 +303,13 @@ def test_continuations_from_given_weights_go_through_every_stage(tmp_path, book,
     assert (tmp_path / "out" / "pretrained" / "vocab.json").read_text() == (tmp_path / "w" / "vocab.json").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text"] == [book] and run.same_stages(out, {**config, "text": None}, config) == []
+
+
+def test_an_excerpt_that_was_labelled_twice_is_on_one_side():
+    """Catches a split by the labels' made-up names: the same excerpt would be trained on and tested on."""
+    comparisons = [{"info": {"id": f"label-{i}", "subreddit": "", "title": "", "post": f"excerpt {i % 10}"}} for i in range(40)]
+    real.split_comparisons_by_post(comparisons, [], random.Random(0))
+    sides = {}
+    for c in comparisons:
+        sides.setdefault(c["info"]["post"], set()).add(c["split"])
+    assert all(len(side) == 1 for side in sides.values()) and sum(side == {"valid"} for side in sides.values()) == 2

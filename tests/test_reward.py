@@ -467,7 +467,12 @@ def test_a_labeler_is_shown_between_k_min_and_k(enc, monkeypatch):
         assert len(rows) == math.comb(len(shown), 2) and shown <= set(texts) and {r["batch"] for r in rows} == {"b"}
         sizes.add(len(shown))
         firsts |= shown
-    assert sizes == {3, 4, 5, 6} and firsts == set(texts)
+    texts = ["a" * i + "." * (i < 3) for i in range(1, 7)]  # of a story samples that never end are not shown: fewer than k_min are left
+    (dot,), story = enc.encode_ordinary("."), post | {"task": "sentiment"}
+    monkeypatch.setattr(reward, "sample_responses", lambda *a, stop: [encode_response(enc, t, 20, stop=stop) for t in texts])
+    few = collect(enc, [story], [("p", None, 1., 6)], Reader(), 9, 80, 20, None, random.Random(0), "train", "rank", (dot, 0), 3)
+    assert {s["text"].strip() for r in few for s in r["summaries"]} == {"a.", "aa."}
+    assert sizes == {3, 4, 5, 6} and firsts == {"a" * i for i in range(1, 7)}
 
 
 def test_a_comparison_of_articles_has_their_format(enc):
