@@ -767,7 +767,8 @@ def command(argv):
     parser.add_argument("--quick", action="store_true", help="small data and one seed: shows the machinery, not the findings")
     parser.add_argument("--seeds", help="seeds of comparisons, reward model and PPO (default 1,2,3; with --quick 1)")
     parser.add_argument("--out", help="folder of the figures (default out/figures, with --quick out/figures-quick)")
-    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size")
+    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size; its seed "
+                        "must be the first of --seeds")
     parser.add_argument("--preset", choices=("tiny", "test"), default="tiny", help="preset of the runs; test is for tests")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
@@ -779,6 +780,11 @@ def command(argv):
         seeds = [int(seed) for seed in (args.seeds or ("1" if args.quick else "1,2,3")).split(",")]
     except ValueError:
         raise DataError(f"--seeds must be whole numbers with commas between, found {args.seeds!r}") from None
+    if args.base is not None:
+        seed = open_run(args.base).config["seed"]
+        if seed != seeds[0]:  # the other sizes' posts and tokens are those of the first seed
+            raise DataError(f"--base {args.base} is a run of seed {seed} and the first of --seeds is {seeds[0]}: the model sizes would not "
+                            "share posts and tokenizer; name a run of that seed, or this seed first")
     out = args.out or os.path.join("out", "figures-quick" if args.quick else "figures")
     open_lab_folder(out, {"preset": args.preset, "quick": args.quick, "seeds": seeds})
     draw_all(make_lab(out, seeds, args.quick, args.preset, args.device, args.base), [known[name] for name in args.names or known])

@@ -187,6 +187,18 @@ def test_bad_options_are_one_sentence(lab, tmp_path):
         figures.load_measured(str(tmp_path), "axes")
 
 
+def test_a_base_of_another_seed_is_refused(lab, tmp_path):
+    """Catches sizes that do not share posts and tokenizer: with a base of another seed the default size alone would have its."""
+    def command(seeds):
+        figures.command(["axes", "--preset", "test", "--seeds", seeds, "--out", str(tmp_path / "x"), "--base", str(lab / "runs" / "default")])
+    with pytest.raises(DataError, match=r"is a run of seed 1 and the first of --seeds is 2.*this seed first"):
+        command("2,1")
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "axes.json").write_text((lab / "axes.json").read_text())  # nothing is left to be measured
+    command("1,2")
+
+
 def test_the_band_of_healthy_curves(tmp_path, monkeypatch):
     """Catches a band that is not the lowest and highest seed's, and a run drawn without it, or a run of other settings with it."""
     logs = {seed: [{"step": i, **{key: seed + i * .5 for key, _ in evaluation.PPO_CURVES}} for i in range(3)] for seed in (1, 2, 6)}
