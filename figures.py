@@ -692,6 +692,14 @@ def save_tables(out, name, tables):
         os.replace(path + ".tmp", path)
 
 
+def save_drawn(out, figure, measured):
+    """What is made of a measured figure: its tables, then its picture, in one piece: where there is one, there are tables."""
+    save_tables(out, figure.name, measured["tables"])
+    part = os.path.join(out, figure.name + ".part.png")
+    figure.draw(measured, part)
+    os.replace(part, os.path.join(out, figure.name + ".png"))
+
+
 def load_measured(out, name):
     """What a figure's measure() gave when it was measured, or None."""
     path = os.path.join(out, name + ".json")
@@ -807,10 +815,13 @@ def draw_all(lab, figures):
             spent, planned, left = spent + measured["seconds"], planned + figure.minutes, left - figure.minutes
         else:
             say(f"[{number}/{len(figures)}] {figure.name}: measured before, {figure.name}.json")
-        save_tables(lab.out, figure.name, measured["tables"])
-        figure.draw(measured, os.path.join(lab.out, figure.name + ".png"))
+        save_drawn(lab.out, figure, measured)
         say("    " + figure.caption(measured))
-    report(lab.out, [(f, m) for f in FIGURES for m in [load_measured(lab.out, f.name)] if m])
+    done = [(f, m) for f in FIGURES for m in [load_measured(lab.out, f.name)] if m]
+    for figure, measured in done:
+        if not os.path.exists(os.path.join(lab.out, figure.name + ".png")):  # an earlier command was stopped between the two
+            save_drawn(lab.out, figure, measured)
+    report(lab.out, done)
     say(f"report in {os.path.join(lab.out, 'report.html')}, {minutes(spent)}")
 
 

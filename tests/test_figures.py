@@ -166,6 +166,29 @@ def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys
     assert changed == {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")} and (lab / "axes.json").exists()
 
 
+def test_a_stop_before_the_picture(tmp_path, monkeypatch):
+    """Catches a report that trips over a figure measured but not drawn, or drawn in half: what is missing is drawn."""
+    def draw(measured, path):
+        with open(path, "wb") as f:
+            f.write(b"\x89PNG")
+            if measured["facts"]["stop"] and not stopped:
+                stopped.append(path)
+                raise KeyboardInterrupt
+            f.write(b" whole")
+    stopped = []
+    mine = [figures.Figure(name, name, lambda lab, stop=stop: {"tables": {"t": [{"x": 1}]}, "facts": {"stop": stop}}, draw,
+                           lambda measured: "caption", 1) for name, stop in (("one", True), ("two", False))]
+    monkeypatch.setattr(figures, "FIGURES", mine)
+    lab = SimpleNamespace(out=str(tmp_path), quick=True)
+    with pytest.raises(KeyboardInterrupt):
+        figures.draw_all(lab, mine[:1])
+    assert (tmp_path / "one.json").exists() and not (tmp_path / "one.png").exists()
+    (tmp_path / "one-t.csv").unlink()
+    figures.draw_all(lab, mine[1:])
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes() == b"\x89PNG whole"
+    assert (tmp_path / "one-t.csv").exists() and (tmp_path / "report.html").read_text().count("data:image/png") == 2
+
+
 def test_one_base_and_seeds_above_it(lab):
     """Catches a seed that makes its own language model, or shares comparisons that it should collect itself."""
     files = {path.parent.parent.name: path.read_bytes() for path in (lab / "runs").glob("default*/sft/model.safetensors")}
