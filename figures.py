@@ -34,7 +34,7 @@ import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, draw_curves, lead3,
-                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, wins)
+                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
 from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
@@ -613,12 +613,14 @@ def caption_best_of_n(measured):
 # not in the papers: what the curves of a healthy run look like
 
 def measure_curves(lab):
-    logs, rows = [read_metrics(os.path.join(lab.finished(seed), "ppo")) for seed in lab.seeds], []
+    folders, rows = [lab.finished(seed) for seed in lab.seeds], []
+    logs = [read_metrics(os.path.join(folder, "ppo")) for folder in folders]
     for key, _ in PPO_CURVES:
         for step in range(len(logs[0])):
             values = [log[step][key] for log in logs]
             rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values)})
-    return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0])}}
+    return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0]),
+                                               "trained_by": trained_by(open_run(folders[0]).config)}}
 
 
 def draw_healthy(measured, path):
@@ -628,8 +630,8 @@ def draw_healthy(measured, path):
 def caption_curves(measured):
     rows, f = measured["tables"]["curves"], measured["facts"]
     first, last = ({r["curve"]: r for r in rows if r["step"] == step} for step in (0, f["iterations"] - 1))
-    return (f"Lay yours on top: a default run's report draws it over docs/healthy_run.csv, which is this figure's table. {f['iterations']} "
-            f"iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
+    return ("Lay yours on top: the report of a run draws it over the band of docs/healthy_run.json, where all settings of training are "
+            f"that band's (this figure's curves.json, kept, makes another). {f['iterations']} iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
             + ", ".join(f"{label} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, label in PPO_CURVES) + ".")
 
 
