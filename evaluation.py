@@ -403,15 +403,25 @@ def draw_training(folder, path):
 PPO_CURVES = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
               ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
               ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
-HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "healthy_run.csv")  # `python run.py figures curves` makes it
+HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "healthy_run.json")  # curves.json of `python run.py figures curves`
 
 
-def healthy_band():
-    """What the curves of the default preset look like over seeds: rows of curve, step, mean, low, high; none where the file is not there."""
+def trained_by(config):
+    """Of a run's configuration what its training depends on, but the seed: its files, and the settings less those of testing."""
+    settings = {stage: {key: value for key, value in part.items() if key != "held_out_posts"}
+                for stage, part in config["settings"].items() if stage != "evaluation"}
+    return {key: value for key, value in config.items() if value is not None and key not in ("preset", "seed", "base", "versions")} | {
+        "settings": settings}
+
+
+def healthy_band(config):
+    """What PPO's curves look like over seeds where all is well: rows of curve, step, mean, low, high, seeds; none where there is no file,
+    or it comes from runs that were trained otherwise than the one of this configuration."""
     if not os.path.exists(HEALTHY):
         return []
-    with open(HEALTHY, newline="") as f:
-        return [{key: value if key == "curve" else float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+    with open(HEALTHY) as f:
+        measured = json.load(f)
+    return measured["tables"]["curves"] if measured["facts"]["trained_by"] == trained_by(config) else []
 
 
 def draw_curves(rows, band, path):
@@ -422,22 +432,21 @@ def draw_curves(rows, band, path):
         of = [r for r in band if r["curve"] == key]
         if of:
             steps = [r["step"] for r in of]
-            ax.fill_between(steps, [r["low"] for r in of], [r["high"] for r in of], color=GREY, alpha=.3, lw=0)
-            ax.plot(steps, [r["mean"] for r in of], color=GREY)
-        ax.plot([r["step"] for r in rows], [r[key] for r in rows], color=BLUE)
+            ax.fill_between(steps, [r["low"] for r in of], [r["high"] for r in of], color=GREY, alpha=.3, lw=0,
+                            label=f"{of[0]['seeds']} seeds, lowest to highest")
+            ax.plot(steps, [r["mean"] for r in of], color=GREY, label="their mean")
+        if rows:
+            ax.plot([r["step"] for r in rows], [r[key] for r in rows], color=BLUE, label="this run")
         ax.set(xlabel="iteration", title=label)
         ax.title.set_fontsize(9)
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in list(axes.flat)[len(shown):]:
         ax.axis("off")
+    if band:
+        axes.flat[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.1))
     last = axes.flat[len(shown) - 1]  # explained variance starts far below 0
     last.set_ylim(bottom=max(-1, last.get_ylim()[0]))
     save_figure(figure, path)
-
-
-def draw_ppo(folder, path, preset):
-    """What to watch while PPO runs; for the default preset on top of what it looks like when all is well."""
-    draw_curves(read_metrics(os.path.join(folder, "ppo")), healthy_band() if preset == "tiny" else [], path)
 
 
 def draw_reward(measured, path):
@@ -497,8 +506,8 @@ def save_table(folder, name, header, rows):
     return path
 
 
-def report_text(settings, seconds, reward, policies, samples, bits=None):
-    """report.md"""
+def report_text(settings, seconds, reward, policies, samples, bits=None, band=()):
+    """report.md; band: what draw_curves drew in grey"""
     header, rows = table_rows(policies)
     n = policies["reference"]["n"]
     out = [f"# Report of a run: preset {settings['preset']}, seed {settings['seed']}", "",
@@ -526,6 +535,8 @@ def report_text(settings, seconds, reward, policies, samples, bits=None):
     if reward["accuracy_ci"][0] <= reward["longer_wins"]:
         out += ["", "**Its interval reaches down to 'longer wins': on these labels it has not shown that it learned more than length.**"]
     out += ["", "![reward model](reward.png)", "", "## Training", "", "![losses](training.png)", "", "![PPO](ppo.png)", "",
+            *([f"Grey in the last picture: what the same settings gave with {band[0]['seeds']} seeds of comparisons, reward model and PPO; "
+               "lowest to highest, the line is their mean.", ""] if band else []),
             "## Samples", "", "The first five held-out posts, not chosen."]
     for row in samples[:5]:
         post = row["post"]
@@ -590,8 +601,9 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     draw_win_rates(policies, os.path.join(report, "win_rates.png"))
     draw_reward(reward, os.path.join(report, "reward.png"))
     draw_training(folder, os.path.join(report, "training.png"))
-    draw_ppo(folder, os.path.join(report, "ppo.png"), results["settings"]["preset"])
-    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples, bits))
+    band = healthy_band(config)
+    draw_curves(read_metrics(os.path.join(folder, "ppo")), band, os.path.join(report, "ppo.png"))
+    write_atomic(os.path.join(report, "report.md"), report_text(results["settings"], seconds, reward, policies, samples, bits, band))
     header, rows = table_rows(policies)
     save_table(folder, "policies", header, rows)
     print_table(header, rows)

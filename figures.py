@@ -34,7 +34,7 @@ import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, draw_curves, lead3,
-                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, wins)
+                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
 from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
@@ -613,12 +613,14 @@ def caption_best_of_n(measured):
 # not in the papers: what the curves of a healthy run look like
 
 def measure_curves(lab):
-    logs, rows = [read_metrics(os.path.join(lab.finished(seed), "ppo")) for seed in lab.seeds], []
+    folders, rows = [lab.finished(seed) for seed in lab.seeds], []
+    logs = [read_metrics(os.path.join(folder, "ppo")) for folder in folders]
     for key, _ in PPO_CURVES:
         for step in range(len(logs[0])):
             values = [log[step][key] for log in logs]
             rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values)})
-    return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0])}}
+    return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0]),
+                                               "trained_by": trained_by(open_run(folders[0]).config)}}
 
 
 def draw_healthy(measured, path):
@@ -628,8 +630,8 @@ def draw_healthy(measured, path):
 def caption_curves(measured):
     rows, f = measured["tables"]["curves"], measured["facts"]
     first, last = ({r["curve"]: r for r in rows if r["step"] == step} for step in (0, f["iterations"] - 1))
-    return (f"Lay yours on top: a default run's report draws it over docs/healthy_run.csv, which is this figure's table. {f['iterations']} "
-            f"iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
+    return ("Lay yours on top: the report of a run draws it over the band of docs/healthy_run.json, where all settings of training are "
+            f"that band's (this figure's curves.json, kept, makes another). {f['iterations']} iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
             + ", ".join(f"{label} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, label in PPO_CURVES) + ".")
 
 
@@ -690,6 +692,14 @@ def save_tables(out, name, tables):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(path + ".tmp", path)
+
+
+def save_drawn(out, figure, measured):
+    """What is made of a measured figure: its tables, then its picture, in one piece: where there is one, there are tables."""
+    save_tables(out, figure.name, measured["tables"])
+    part = os.path.join(out, figure.name + ".part.png")
+    figure.draw(measured, part)
+    os.replace(part, os.path.join(out, figure.name + ".png"))
 
 
 def load_measured(out, name):
@@ -767,7 +777,8 @@ def command(argv):
     parser.add_argument("--quick", action="store_true", help="small data and one seed: shows the machinery, not the findings")
     parser.add_argument("--seeds", help="seeds of comparisons, reward model and PPO (default 1,2,3; with --quick 1)")
     parser.add_argument("--out", help="folder of the figures (default out/figures, with --quick out/figures-quick)")
-    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size")
+    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size; its seed "
+                        "must be the first of --seeds")
     parser.add_argument("--preset", choices=("tiny", "test"), default="tiny", help="preset of the runs; test is for tests")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
@@ -779,6 +790,11 @@ def command(argv):
         seeds = [int(seed) for seed in (args.seeds or ("1" if args.quick else "1,2,3")).split(",")]
     except ValueError:
         raise DataError(f"--seeds must be whole numbers with commas between, found {args.seeds!r}") from None
+    if args.base is not None:
+        seed = open_run(args.base).config["seed"]
+        if seed != seeds[0]:  # the other sizes' posts and tokens are those of the first seed
+            raise DataError(f"--base {args.base} is a run of seed {seed} and the first of --seeds is {seeds[0]}: the model sizes would not "
+                            "share posts and tokenizer; name a run of that seed, or this seed first")
     out = args.out or os.path.join("out", "figures-quick" if args.quick else "figures")
     open_lab_folder(out, {"preset": args.preset, "quick": args.quick, "seeds": seeds})
     draw_all(make_lab(out, seeds, args.quick, args.preset, args.device, args.base), [known[name] for name in args.names or known])
@@ -801,10 +817,13 @@ def draw_all(lab, figures):
             spent, planned, left = spent + measured["seconds"], planned + figure.minutes, left - figure.minutes
         else:
             say(f"[{number}/{len(figures)}] {figure.name}: measured before, {figure.name}.json")
-        save_tables(lab.out, figure.name, measured["tables"])
-        figure.draw(measured, os.path.join(lab.out, figure.name + ".png"))
+        save_drawn(lab.out, figure, measured)
         say("    " + figure.caption(measured))
-    report(lab.out, [(f, m) for f in FIGURES for m in [load_measured(lab.out, f.name)] if m])
+    done = [(f, m) for f in FIGURES for m in [load_measured(lab.out, f.name)] if m]
+    for figure, measured in done:
+        if not os.path.exists(os.path.join(lab.out, figure.name + ".png")):  # an earlier command was stopped between the two
+            save_drawn(lab.out, figure, measured)
+    report(lab.out, done)
     say(f"report in {os.path.join(lab.out, 'report.html')}, {minutes(spent)}")
 
 

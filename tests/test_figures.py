@@ -1,10 +1,12 @@
 """figures.py: its statistics against planted truth, and every figure end to end on the test preset."""
 import csv
+import dataclasses
 import json
 import math
 import os
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ import figures
 import world
 from data import DataError
 from evaluation import bootstrap_ci
+from run import preset
 
 
 def test_gao_forms_recover_what_was_planted():
@@ -166,6 +169,29 @@ def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys
     assert changed == {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")} and (lab / "axes.json").exists()
 
 
+def test_a_stop_before_the_picture(tmp_path, monkeypatch):
+    """Catches a report that trips over a figure measured but not drawn, or drawn in half: what is missing is drawn."""
+    def draw(measured, path):
+        with open(path, "wb") as f:
+            f.write(b"\x89PNG")
+            if measured["facts"]["stop"] and not stopped:
+                stopped.append(path)
+                raise KeyboardInterrupt
+            f.write(b" whole")
+    stopped = []
+    mine = [figures.Figure(name, name, lambda lab, stop=stop: {"tables": {"t": [{"x": 1}]}, "facts": {"stop": stop}}, draw,
+                           lambda measured: "caption", 1) for name, stop in (("one", True), ("two", False))]
+    monkeypatch.setattr(figures, "FIGURES", mine)
+    lab = SimpleNamespace(out=str(tmp_path), quick=True)
+    with pytest.raises(KeyboardInterrupt):
+        figures.draw_all(lab, mine[:1])
+    assert (tmp_path / "one.json").exists() and not (tmp_path / "one.png").exists()
+    (tmp_path / "one-t.csv").unlink()
+    figures.draw_all(lab, mine[1:])
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes() == b"\x89PNG whole"
+    assert (tmp_path / "one-t.csv").exists() and (tmp_path / "report.html").read_text().count("data:image/png") == 2
+
+
 def test_one_base_and_seeds_above_it(lab):
     """Catches a seed that makes its own language model, or shares comparisons that it should collect itself."""
     files = {path.parent.parent.name: path.read_bytes() for path in (lab / "runs").glob("default*/sft/model.safetensors")}
@@ -187,26 +213,67 @@ def test_bad_options_are_one_sentence(lab, tmp_path):
         figures.load_measured(str(tmp_path), "axes")
 
 
+def test_a_base_of_another_seed_is_refused(lab, tmp_path):
+    """Catches sizes that do not share posts and tokenizer: with a base of another seed the default size alone would have its."""
+    def command(seeds):
+        figures.command(["axes", "--preset", "test", "--seeds", seeds, "--out", str(tmp_path / "x"), "--base", str(lab / "runs" / "default")])
+    with pytest.raises(DataError, match=r"is a run of seed 1 and the first of --seeds is 2.*this seed first"):
+        command("2,1")
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "axes.json").write_text((lab / "axes.json").read_text())  # nothing is left to be measured
+    command("1,2")
+
+
 def test_the_band_of_healthy_curves(tmp_path, monkeypatch):
-    """Catches a band that is not the lowest and highest seed's, and a run drawn without it, or a run of other settings with it."""
+    """Catches a band that is not the lowest and highest seed's, a run drawn without it or without its legend, and a run of other settings
+    or on files drawn with it."""
     logs = {seed: [{"step": i, **{key: seed + i * .5 for key, _ in evaluation.PPO_CURVES}} for i in range(3)] for seed in (1, 2, 6)}
+    s = preset("tiny")
+    s.collect.held_out_posts, s.evaluation.best_of = 250, 1  # as the laboratory has them: nothing is trained on these
+    config = {"preset": "tiny", "seed": 1, "base": None, "posts": None, "settings": {k: dataclasses.asdict(v) for k, v in vars(s).items()}}
     monkeypatch.setattr(figures, "read_metrics", lambda folder: logs[int(folder.split("/")[0])])
+    monkeypatch.setattr(figures, "open_run", lambda folder: SimpleNamespace(config=config))
     measured = figures.measure_curves(SimpleNamespace(seeds=[1, 2, 6], finished=str))
     rows = measured["tables"]["curves"]
     assert len(rows) == 3 * len(evaluation.PPO_CURVES)
     assert rows[1] == {"curve": "score", "step": 1, "mean": 3.5, "low": 1.5, "high": 6.5, "seeds": 3}
     assert "reward model's score 3.00 to 4.00" in figures.caption_curves(measured)
-    file = tmp_path / "docs.csv"
-    monkeypatch.setattr(evaluation, "HEALTHY", str(file))
-    assert evaluation.healthy_band() == []
-    with open(file, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    assert [{**row, "seeds": 3} for row in evaluation.healthy_band()] == rows
-    monkeypatch.setattr(evaluation, "read_metrics", lambda folder: logs[1])
-    pictures = []
-    for preset in ("tiny", "real"):
-        evaluation.draw_ppo("x", tmp_path / "a.png", preset)
-        pictures.append((tmp_path / "a.png").read_bytes())
-    assert pictures[0] != pictures[1]
+    monkeypatch.setattr(evaluation, "HEALTHY", str(tmp_path / "docs.json"))
+    default = {**config, "seed": 7, "settings": {k: dataclasses.asdict(v) for k, v in vars(preset("tiny")).items()}}
+    assert evaluation.healthy_band(default) == []
+    (tmp_path / "docs.json").write_text(json.dumps(measured))
+    assert evaluation.healthy_band(default) == rows
+    for stage, key, value in (("ppo", "beta", .5), ("ppo", "iterations", 13), ("model", "n_embd", 64), ("pretrain", "lr", 1e-3),
+                              ("collect", "noise", 1.), ("reward", "epochs", 2)):
+        other = {**default["settings"], stage: {**default["settings"][stage], key: value}}
+        assert evaluation.healthy_band({**default, "settings": other}) == [], (stage, key)
+    assert evaluation.healthy_band({**default, "posts": "posts.jsonl"}) == []
+    drawn = []
+    monkeypatch.setattr(evaluation, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    for run, band in ((logs[1], rows), (logs[1], []), ([], rows)):
+        evaluation.draw_curves(run, band, "a.png")
+    grey = ["3 seeds, lowest to highest", "their mean"]
+    assert [ax.get_legend() and [x.get_text() for x in ax.get_legend().get_texts()] for ax in drawn] == [grey + ["this run"], None, grey]
+
+
+def test_the_report_explains_the_band(lab, monkeypatch, tmp_path):
+    """Catches a grey band that nobody explains, and an explanation without one."""
+    folder = str(shutil.copytree(lab / "runs" / "default-seed1-ppo", tmp_path / "run"))
+    monkeypatch.setattr(evaluation, "HEALTHY", str(tmp_path / "docs.json"))
+    texts = []
+    for name in ("win_rates", "reward", "training", "curves"):
+        monkeypatch.setattr(evaluation, "draw_" + name, lambda *args: None)
+    for _ in range(2):
+        evaluation.write_report(folder)
+        texts.append((tmp_path / "run" / "report" / "report.md").read_text())
+        facts = {"trained_by": evaluation.trained_by(evaluation.open_run(folder).config)}
+        band = [{"curve": "kl", "step": i, "mean": 1., "low": 0., "high": 2., "seeds": 5} for i in range(2)]
+        (tmp_path / "docs.json").write_text(json.dumps({"tables": {"curves": band}, "facts": facts}))
+    assert ["Grey in the last picture: what the same settings gave with 5 seeds" in text for text in texts] == [False, True]
+
+
+def test_the_kept_band_is_of_the_default_preset():
+    """Catches a band in docs/ that no default run would be drawn over, since a setting has changed: measure it again."""
+    settings = {k: dataclasses.asdict(v) for k, v in vars(preset("tiny")).items()}
+    assert bool(evaluation.healthy_band({"settings": settings})) == os.path.exists(evaluation.HEALTHY)
