@@ -624,7 +624,7 @@ def measure_ladder(lab):
         games["labelers"].append(play(posts, policies, lambda p, a, b: .5 if a == b else 1.0 - people.compare(p, a, b)[0]))
         every = [(p, *(policies[name][i] for name in people.rng.sample(list(policies), 2))) for i, p in enumerate(posts) for _ in range(4)]
         every = [(p, a, b) for p, a, b in every if a != b and a and b]
-        for which, pairs in (("two SFT samples", sampled_pairs(run, "sft", device)), ("two policies", every)):
+        for which, pairs in (("one policy (SFT)", sampled_pairs(run, "sft", device)), ("two policies", every)):
             signs = people_signs(run, pairs) | {"gold judge": np.sign([world.utility(p, a) - world.utility(p, b) for p, a, b in pairs])}
             units += [{"pairs": which, **unit} for unit in agreements(signs, [post_key(p) for p, _, _ in pairs], seed)]
     return {"tables": {"elo": [{"judge": judge, **row} for judge, played in games.items()
@@ -806,18 +806,18 @@ def draw_ladder(measured, path):
     left.axvline(1000, color=GREY, ls="--", lw=1)
     left.set_yticks(range(len(names)), [ladder_name(n) for n in names])
     left.set(xlabel="Elo rating (reference = 1000; 400 points are odds of 10 to 1)")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     agreement = {(r["pairs"], r["judge"], r["other"]): r for r in measured["tables"]["agreement"]}
     kinds = [("labeler", "labeler"), ("labeler", "other labeler"), ("other labeler", "other labeler"), ("labeler", "gold judge"),
              ("other labeler", "gold judge"), ("majority of 3", "gold judge")]
-    for k, (pairs, colour, marker) in enumerate((("two SFT samples", BLUE, "o"), ("two policies", ORANGE, "^"))):
+    for k, (pairs, colour, marker) in enumerate((("one policy (SFT)", BLUE, "o"), ("two policies", ORANGE, "^"))):
         for i, (a, b) in enumerate(kinds):
             if (pairs, a, b) in agreement:
-                point(right, None, -i - .2 * (k - .5), agreement[pairs, a, b], colour, marker, f"on texts of {pairs}" if i == 0 else None)
+                point(right, None, -i - .2 * (k - .5), agreement[pairs, a, b], colour, marker, f"texts of {pairs}" if i == 0 else None)
     right.set_yticks([-i for i in range(len(kinds))], [f"{a} and\n{'another' if a == b else b}" for a, b in kinds], fontsize=8)
     right.set(xlabel="pairs on which both prefer the same text", xlim=(.5, 1))
     percent_axis(right)
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     save_figure(figure, path)
 
 
@@ -936,8 +936,8 @@ def caption_ladder(measured):
             "robin of all policies on the same posts, a tie half a win for both; by the gold judge "
             + ", ".join(f"{ladder_name(r['policy'])} {r['elo']:.0f} ({r['lo']:.0f} to {r['hi']:.0f})" for r in gold) +
             ". Labelers' ratings lie closer together: their noise makes every game more even. Right: two labelers of one population "
-            f"agree on {agree('two SFT samples', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
-            f"{agree('two SFT samples', 'labeler', 'gold judge')}, the majority of three and the judge on "
-            f"{agree('two SFT samples', 'majority of 3', 'gold judge')}; on texts of two policies "
+            f"agree on {agree('one policy (SFT)', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
+            f"{agree('one policy (SFT)', 'labeler', 'gold judge')}, the majority of three and the judge on "
+            f"{agree('one policy (SFT)', 'majority of 3', 'gold judge')}; on texts of two policies "
             f"{agree('two policies', 'labeler', 'labeler')}, {agree('two policies', 'labeler', 'gold judge')} and "
             f"{agree('two policies', 'majority of 3', 'gold judge')}. " + basis(measured))

@@ -48,9 +48,9 @@ def test_rate_covers():
 
 def test_preference_is_what_labelers_do():
     """Catches a lost noise, a forgotten worker, the sign: frequencies of Labeler.compare."""
-    people = world.Labeler(noise=5.0, workers=4, spread=1.0, copy_bias=2.0, seed=1)
+    people = world.Labeler(noise=4.0, workers=4, spread=1.0, copy_bias=1.0, seed=1)
     for post in POSTS[:2]:
-        a, b = post["summary"], lead3(post)
+        a, b = world.full_summary(post), lead3(post)
         often = np.mean([people.compare(post, a, b)[0] == 0 for _ in range(2500)])
         assert probes.preference(people, post, a, b) == pytest.approx(often, abs=.04)
         assert probes.preference(people, post, a, a) == .5
@@ -330,7 +330,7 @@ def test_figures_are_drawn_from_rows_alone(name, tmp_path, monkeypatch):
                     "accuracy": [{"model": m, "judge": j, **row} for m in ("reward model", "gold judge") for j, _, _ in probes.JUDGES[1:]]},
         "ladder": {"elo": [{"judge": j, "policy": p, "elo": 1000 + 9 * i, "lo": 990, "hi": 1100, "n": 9} for j in ("gold judge", "labelers")
                            for i, p in enumerate(("reference", "ppo", "ppo, small", "best-of-n"))],
-                   "agreement": [{"pairs": p, "judge": "labeler", "other": o, **row} for p in ("two SFT samples", "two policies")
+                   "agreement": [{"pairs": p, "judge": "labeler", "other": o, **row} for p in ("one policy (SFT)", "two policies")
                                  for o in ("labeler", "gold judge")]}}[name]
     facts = {"posts": 40, "seeds": 2, "copy_bias": 9., "labels": 77, **{f"novelty_ratio_{start}": .4 for start in starts}}
     measured = {"tables": tables, "facts": facts}

@@ -103,6 +103,14 @@ def test_labeler_is_bradley_terry(posts):
     assert agreement(labeler, posts, full, without, 4000) == pytest.approx(0.731, abs=0.025)
 
 
+def test_copied_share_by_hand():
+    """Catches phrases or parts of words taken for sentences, blanks and case that hide a copy, sentences counted instead of words."""
+    source = "My cat ate it all.  Then\nshe slept! Why? I do not know."
+    assert world.copied_share("then she  slept! my dog ate it all.", source) == pytest.approx(3 / 8)
+    assert world.copied_share("my cat ate it all today. hy? why", source) == pytest.approx(1 / 8)
+    assert world.copied_share(source, source) == 1 and world.copied_share("", source) == 0
+
+
 def test_labeler_dials(posts):
     full, short = world.full_summary, lambda p: "i feel {feeling}.".format(**p["facts"])
     assert agreement(world.Labeler(noise=.01), posts, full, short) == 1
