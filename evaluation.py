@@ -497,6 +497,8 @@ def print_table(header, rows):
 def over_sft(ppo):
     return "against what it began as (SFT), PPO wins {:.1%} of the posts by the gold judge ({:.1%} – {:.1%})".format(
         ppo["gold_win_rate_sft"], *ppo["gold_win_rate_sft_ci"])
+
+
 def save_table(folder, name, header, rows):
     """-> path of the CSV in the run's report/"""
     path = os.path.join(folder, "report", f"{name}.csv")
