@@ -221,19 +221,6 @@ def judge_probes(run, pairs, reward_models, labeler, seed):
             for judge, values in says.items() for name, post, value in zip(names, posts, values)]
 
 
-def length_bias(margin, gold_gap, log_ratio):
-    """Slopes (a, c) of P(model prefers A) = σ(a·gold gap + c·log(length A / length B)) on pairs of texts, all [N].
-
-    c is what length is worth beyond what the judge sees; c / a says it in key facts per factor e. Every pair counts in both orders, so
-    that there is no intercept. (The fit of Stiennon's appendix F, asked of a model instead of people.)"""
-    X, theta = np.stack([np.asarray(gold_gap, float), np.asarray(log_ratio, float)], 1), np.zeros(2)
-    y = wins(margin, 0 * np.asarray(margin, float))
-    for _ in range(50):  # Newton's method, a ridge of 1e-3 keeps separable data finite
-        p = 1 / (1 + np.exp(-X @ theta))
-        theta = theta + np.linalg.solve((X * (p * (1 - p))[:, None]).T @ X + 1e-3 * np.eye(2), X.T @ (y - p) - 1e-3 * theta)
-    return [float(t) for t in theta]
-
-
 def length_units(pairs, signs, seed):
     """Units: is the longer text of (post, a, b) the preferred one? Of all pairs, and of those that the gold judge finds equal."""
     longer, gold = (np.sign([f(p, a) - f(p, b) for p, a, b in pairs]) for f in (lambda p, t: len(t.split()), world.utility))
@@ -318,12 +305,6 @@ def agreements(signs, posts, seed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # copying: Ziegler's tables
-
-def facts_right(post, text):
-    """(stated facts that are right, stated facts)"""
-    claims = world.read(text)[0]
-    return sum(value == post["facts"][slot] for slot, value in claims), len(claims)
-
 
 def start_words(text, n=3):
     return world.words(text)[:n]
@@ -545,7 +526,9 @@ def measure_agreement(lab):
 
 COPY_BIAS = 60.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
 LONGER = {"reward.epochs": 3, "ppo.iterations": 16}  # a reward model sees in its second pass only what is copied; for honest labelers too
-UNSUPERVISED = {"sft.lr": 1e-12}  # an SFT stage that changes nothing: PPO and reward model start from the pretrained model
+# An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
+# shown other samples (all of them at PPO's temperature, see run.mixture).
+UNSUPERVISED = {"sft.lr": 1e-12}
 
 
 def measure_copying(lab):
