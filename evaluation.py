@@ -403,7 +403,7 @@ def draw_training(folder, path):
 PPO_CURVES = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
               ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
               ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
-HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "healthy_run.json")  # curves.json of `python run.py figures curves`
+HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "healthy_run.json")  # curves.json of figures.py
 
 
 def trained_by(config):

@@ -205,7 +205,7 @@ def caption_preference(measured):
             "with size; only human feedback passes 50 % (61 % at 1.3B, about 70 % at 6.7B, some 5 points less at equal length). Ours, "
             f"largest size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} "
             f"and {ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} "
-            "seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over posts and seeds on the left, lowest and highest seed "
+            f"seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over {probes.over(facts)} on the left, lowest and highest seed "
             f"on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT "
             "model per size.")
 
@@ -247,8 +247,8 @@ def caption_axes(measured):
             + ", ".join(f"{gain[axis]:+.2f} in {axis}" for axis in AXES)
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT "
             f"{rows['sft']['overall_at_least_6_5']:.0%}, reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: "
-            f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over posts and "
-            f"seeds. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was "
+            f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over "
+            f"{probes.over(facts)}. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was "
             "to gain: who writes the world's own sentences is coherent to the judge.")
 
 
@@ -309,8 +309,8 @@ def caption_transfer(measured):
             f"news {mark('news_sft')}, references {mark('reference')}, lead-3 {mark('lead3')}. SFT, reward model and PPO never saw news; "
             f"{facts['news']:.0%} of the pretraining posts are news, as GPT-3 had read news too (a language model that has read none "
             f"writes of the first world only). {facts['parameters'] / 1e6:.2f}M parameters, {facts['posts']} posts, {facts['seeds']} "
-            "seeds of comparisons, reward model and PPO, gold judge, greedy decoding; bars: 95 % bootstrap over posts and, for PPO, "
-            "seeds.")
+            "seeds of comparisons, reward model and PPO, gold judge, greedy decoding; bars: 95 % bootstrap over posts"
+            + (" and, for PPO, seeds." if facts["seeds"] > 1 else "."))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def caption_overoptimization(measured):
             "iterations, whose policies are taken along the way; Gao finds that a penalty acts like stopping early. Gao's forms, fitted "
             f"to the mean gain in gold utility: PPO d({rl['alpha']:.2f} - {rl['beta']:.2f} log d), best of n d({bon['alpha']:.2f} - "
             f"{bon['beta']:.2f} d), d = √KL. Samples at temperature {f['temperature']}; {f['posts']} posts ({f['posts_best_of_n']} for "
-            f"best of n), {f['seeds']} seeds of comparisons, reward model and PPO; bands: 95 % bootstrap over posts and seeds.")
+            f"best of n), {f['seeds']} seeds of comparisons, reward model and PPO; bands: 95 % bootstrap over {probes.over(f)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,7 +606,7 @@ def caption_best_of_n(measured):
             + f"; ROUGE-L is at its best at n = {peak['n']} with {peak['gold']:.0%}. ROUGE is measured against the very reference that "
             "the choice is compared with; the earlier reward model is that of the over-optimisation figure, the smaller one that of the "
             f"small models. {f['posts']} posts, {f['samples']} samples of each (the estimate runs over all subsets of n), {f['seeds']} "
-            "seeds of comparisons and reward model; bands: 95 % bootstrap over posts and seeds.")
+            f"seeds of comparisons and reward model; bands: 95 % bootstrap over {probes.over(f)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,8 +631,9 @@ def caption_curves(measured):
     rows, f = measured["tables"]["curves"], measured["facts"]
     first, last = ({r["curve"]: r for r in rows if r["step"] == step} for step in (0, f["iterations"] - 1))
     return ("Lay yours on top: the report of a run draws it over the band of docs/healthy_run.json, where all settings of training are "
-            f"that band's (this figure's curves.json, kept, makes another). {f['iterations']} iterations, {f['seeds']} seeds of comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first to last "
-            + ", ".join(f"{label} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, label in PPO_CURVES) + ".")
+            f"that band's (this figure's curves.json, kept, makes another). {f['iterations']} iterations, {f['seeds']} seeds of "
+            "comparisons, reward model and PPO; line: mean, band: lowest and highest seed. From first "
+            "to last " + ", ".join(f"{label} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, label in PPO_CURVES) + ".")
 
 
 FIGURES = [

@@ -221,19 +221,6 @@ def judge_probes(run, pairs, reward_models, labeler, seed):
             for judge, values in says.items() for name, post, value in zip(names, posts, values)]
 
 
-def length_bias(margin, gold_gap, log_ratio):
-    """Slopes (a, c) of P(model prefers A) = σ(a·gold gap + c·log(length A / length B)) on pairs of texts, all [N].
-
-    c is what length is worth beyond what the judge sees; c / a says it in key facts per factor e. Every pair counts in both orders, so
-    that there is no intercept. (The fit of Stiennon's appendix F, asked of a model instead of people.)"""
-    X, theta = np.stack([np.asarray(gold_gap, float), np.asarray(log_ratio, float)], 1), np.zeros(2)
-    y = wins(margin, 0 * np.asarray(margin, float))
-    for _ in range(50):  # Newton's method, a ridge of 1e-3 keeps separable data finite
-        p = 1 / (1 + np.exp(-X @ theta))
-        theta = theta + np.linalg.solve((X * (p * (1 - p))[:, None]).T @ X + 1e-3 * np.eye(2), X.T @ (y - p) - 1e-3 * theta)
-    return [float(t) for t in theta]
-
-
 def length_units(pairs, signs, seed):
     """Units: is the longer text of (post, a, b) the preferred one? Of all pairs, and of those that the gold judge finds equal."""
     longer, gold = (np.sign([f(p, a) - f(p, b) for p, a, b in pairs]) for f in (lambda p, t: len(t.split()), world.utility))
@@ -318,12 +305,6 @@ def agreements(signs, posts, seed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # copying: Ziegler's tables
-
-def facts_right(post, text):
-    """(stated facts that are right, stated facts)"""
-    claims = world.read(text)[0]
-    return sum(value == post["facts"][slot] for slot, value in claims), len(claims)
-
 
 def start_words(text, n=3):
     return world.words(text)[:n]
@@ -545,7 +526,9 @@ def measure_agreement(lab):
 
 COPY_BIAS = 60.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
 LONGER = {"reward.epochs": 3, "ppo.iterations": 16}  # a reward model sees in its second pass only what is copied; for honest labelers too
-UNSUPERVISED = {"sft.lr": 1e-12}  # an SFT stage that changes nothing: PPO and reward model start from the pretrained model
+# An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
+# shown other samples (all of them at PPO's temperature, see run.mixture).
+UNSUPERVISED = {"sft.lr": 1e-12}
 
 
 def measure_copying(lab):
@@ -764,8 +747,8 @@ def draw_copying(measured, path):
     save_figure(figure, path)
 
 
-RIVALS = {"sft": "SFT", "preferred": "SFT on samples that won\nmore than they lost",
-          "most-preferred": "SFT on each post's\nmost preferred sample",
+RIVALS = {"sft": "SFT", "preferred": "SFT on samples and references\nthat won more than they lost",
+          "most-preferred": "SFT on each post's most\npreferred sample or reference",
           "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}",
           "best_of_n": f"best of {BEST_OF}, not trained on", "ppo": "PPO"}
 JUDGES = (("gold judge", GREY, "D"), ("training labelers", BLUE, "o"), ("other labelers", ORANGE, "^"))
@@ -836,10 +819,15 @@ def says(row):
     return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * row[key] for key in ("mean", "lo", "hi")))
 
 
-def basis(measured, what="posts"):
+def over(facts):
+    """What intervals are over."""
+    return "posts and seeds" if facts["seeds"] > 1 else "posts"
+
+
+def basis(measured):
     f = measured["facts"]
-    return (f"{f['posts']} {what}, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 % "
-            "bootstrap intervals over posts and seeds; n is in the tables.")
+    return (f"{f['posts']} posts, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 % "
+            f"bootstrap intervals over {over(f)}; n is in the tables.")
 
 
 def caption_probes(measured):
@@ -848,15 +836,19 @@ def caption_probes(measured):
 
     def length(judge):
         return says(find(measured, "length", judge=judge, pairs="equal to the gold judge"))
+
+    def shown(probe):
+        row = find(measured, "probes", probe=probe, judge=RM_SIZES["default"])
+        return "" if row and row["lo"] > .5 else "not "
     return ("In the paper (Stiennon 2020, tables 16 and 17) reward models notice reversed roles (93 to 97 %), shuffled sentences (61 to "
             "76 %) and another post's title (97 to 99 %), like improving edits that lengthen (87 to 89 %; people 89 %) and much less "
             "those that shorten (64 to 66 %; people 76 %; the paper's body gives other numbers than its tables, the tables are drawn "
             f"here), and the smaller one likes a useless last question (34 %). Ours: adding a missing fact {rm('missing fact added')}, "
             f"dropping a wrong statement {rm('wrong statement dropped')}, dropping a repetition {rm('repetition dropped')}, correcting a "
             f"planted wrong fact {rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
-            f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. So ours "
-            "notices which kinds of facts are stated and hardly checks them against the post: that is where it differs from the paper. "
-            "The comparisons that it learned from seldom differ in wrong facts. Bias to length: where the gold judge sees no difference "
+            f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. By "
+            f"intervals above 50 % it is {shown('missing fact added')}shown that ours notices whether a fact is stated, and "
+            f"{shown('planted wrong fact corrected')}shown that it checks it against the post. Bias to length: where the gold judge sees no difference "
             f"the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on "
             f"{length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
             "or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers the first. "
@@ -914,8 +906,8 @@ def caption_critics(measured):
     def accuracy(judge, model="reward model"):
         return says(find(measured, "accuracy", model=model, judge=judge))
     return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. "
-            f"Preferred to the reference by the gold judge: SFT {of('sft')}, trained on with samples that won more comparisons than they "
-            f"lost {of('preferred')}, with each post's most preferred sample {of('most-preferred')}, with the reward model's favourite of "
+            f"Preferred to the reference by the gold judge: SFT {of('sft')}, trained on with samples and references that won more "
+            f"comparisons than they lost {of('preferred')}, with the most preferred of each post {of('most-preferred')}, with the reward model's favourite of "
             f"{BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the supervised ones by its own recipe, "
             "one pass. Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The "
             f"reward model agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
@@ -928,6 +920,8 @@ def caption_critics(measured):
 
 def caption_ladder(measured):
     gold = [r for r in measured["tables"]["elo"] if r["judge"] == "gold judge"]
+    far, near = (max(elos) - min(elos) for who in ("gold judge", "labelers")
+                 for elos in [[r["elo"] for r in measured["tables"]["elo"] if r["judge"] == who]])
 
     def agree(pairs, a, b):
         return says(find(measured, "agreement", pairs=pairs, judge=a, other=b))
@@ -935,7 +929,8 @@ def caption_ladder(measured):
             "labelers among themselves 72 %, three labelers' majority and researchers 84 %). Left: Bradley-Terry ratings from a round "
             "robin of all policies on the same posts, a tie half a win for both; by the gold judge "
             + ", ".join(f"{ladder_name(r['policy'])} {r['elo']:.0f} ({r['lo']:.0f} to {r['hi']:.0f})" for r in gold) +
-            ". Labelers' ratings lie closer together: their noise makes every game more even. Right: two labelers of one population "
+            f". From lowest to highest it is {far:.0f} points by the gold judge and {near:.0f} by labelers"
+            + (", whose noise makes games more even" if near < far else "") + ". Right: two labelers of one population "
             f"agree on {agree('one policy (SFT)', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
             f"{agree('one policy (SFT)', 'labeler', 'gold judge')}, the majority of three and the judge on "
             f"{agree('one policy (SFT)', 'majority of 3', 'gold judge')}; on texts of two policies "

@@ -129,6 +129,9 @@ def test_captions_say_what_the_tables_say(lab, name, table, keys):
     measured = json.loads((lab / f"{name}.json").read_text())
     for what in ("seeds", "posts"):
         assert f"{measured['facts'][what]} {what}" in figure.caption(measured)
+    assert not re.search(r"bootstrap over posts and[a-zA-Z, ]* seeds", figure.caption(measured))  # there is one
+    more = figure.caption({**measured, "facts": {**measured["facts"], "seeds": 3}})
+    assert re.search(r"bootstrap over posts and[a-zA-Z, ]* seeds", more)
     for key, form in keys.items():
         rng = random.Random(0)
         for row in measured["tables"][table]:
@@ -231,7 +234,8 @@ def test_the_band_of_healthy_curves(tmp_path, monkeypatch):
     logs = {seed: [{"step": i, **{key: seed + i * .5 for key, _ in evaluation.PPO_CURVES}} for i in range(3)] for seed in (1, 2, 6)}
     s = preset("tiny")
     s.collect.held_out_posts, s.evaluation.best_of = 250, 1  # as the laboratory has them: nothing is trained on these
-    config = {"preset": "tiny", "seed": 1, "base": None, "posts": None, "settings": {k: dataclasses.asdict(v) for k, v in vars(s).items()}}
+    config = {"preset": "tiny", "seed": 1, "base": None, "posts": None,
+              "settings": {k: dataclasses.asdict(v) for k, v in vars(s).items()}}
     monkeypatch.setattr(figures, "read_metrics", lambda folder: logs[int(folder.split("/")[0])])
     monkeypatch.setattr(figures, "open_run", lambda folder: SimpleNamespace(config=config))
     measured = figures.measure_curves(SimpleNamespace(seeds=[1, 2, 6], finished=str))

@@ -341,3 +341,23 @@ def test_figures_are_drawn_from_rows_alone(name, tmp_path, monkeypatch):
     getattr(probes, "draw_" + name)(measured, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     assert ("70 % (60 to 80)" in caption or "1027 (990 to 1100)" in caption) and "40 posts, 2 seeds" in caption and "{" not in caption
+
+
+def test_captions_find_what_was_measured():
+    """Catches findings that stand in a caption whatever was measured, and intervals over the seeds of one seed."""
+    def says(added, planted):
+        rows = [{"probe": probe, "judge": probes.RM_SIZES["default"], "mean": .7, "lo": lo, "hi": .9, "n": 9}
+                for probe, lo in (("missing fact added", added), ("planted wrong fact corrected", planted))]
+        return probes.caption_probes({"tables": {"probes": rows, "length": []}, "facts": {"posts": 4, "seeds": 2}})
+    assert "it is shown that ours notices whether a fact is stated, and not shown that it checks it against" in says(.6, .4)
+    assert "it is not shown that ours notices whether a fact is stated, and shown that it checks it against" in says(.5, .6)
+
+    def ladder(step, seeds=2):
+        rows = [{"judge": judge, "policy": p, "elo": 1000 + i * by, "lo": 990, "hi": 1100, "n": 9}
+                for judge, by in (("gold judge", 20), ("labelers", step)) for i, p in enumerate(("reference", "sft", "ppo"))]
+        return probes.caption_ladder({"tables": {"elo": rows, "agreement": []}, "facts": {"posts": 4, "seeds": seeds}})
+    assert "is 40 points by the gold judge and 30 by labelers, whose noise makes games more even. Right" in ladder(15)
+    assert "is 40 points by the gold judge and 50 by labelers. Right" in ladder(25)
+    assert "4 posts, 2 seeds" in ladder(9) and "intervals over posts and seeds;" in ladder(9)
+    assert "4 posts, 1 seed of" in ladder(9, 1) and "intervals over posts;" in ladder(9, 1)
+    assert all("reference" in probes.RIVALS[name] for name in ("preferred", "most-preferred"))  # their pairs hold references too
