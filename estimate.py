@@ -2,8 +2,8 @@
 What a run will take: memory of each stage before it begins, time by this machine's speed at matrix products. What cannot fit is refused.
 
 Counted are weights, gradients and Adam's two moments in float32, what the backward pass keeps of the forward, logits, and the sampler's
-cache; not counted are allocators and libraries. Time is floating-point operations over a speed measured here, of which a training step
-is taken to reach a third: right within a factor of about two.
+cache; not counted are allocators and libraries, data, evaluation and the choice of an SFT epoch by reward. Time is floating-point
+operations over a speed measured here, of which a training step is taken to reach a third: right within a factor of about two.
 """
 import os
 import time
@@ -40,34 +40,48 @@ def forward_flops(c, tokens, T):
 
 
 def stages(s, c, Q, R, sizes, device):
-    """-> {stage: (bytes, floating-point operations)}. sizes: {"pretrain", "sft": tokens in all, "posts": rows of sft, "query": their mean
-    length, "groups": posts of comparisons, "responses": compared texts}; pretrain 0 where weights are given."""
+    """-> {stage: (bytes, floating-point operations)}. sizes: {"pretrain", "sft": tokens in all, "query": mean length of sft's, "groups":
+    posts of comparisons, "responses": compared texts, "sampled": posts that the collection samples for, held out ones too; left out
+    where people have labelled}; pretrain 0 where weights are given."""
     P, T, V = parameters(c), Q + R, c.vocab_size
     unembed, trained = 2 * V * c.n_embd, 16 * P  # operations per token; bytes of weights, gradients and moments
     out = {}
     for name in ("pretrain", "sft"):
-        part, tokens = getattr(s, name), sizes[name] * getattr(s, name).epochs
+        part, tokens = getattr(s, name), sizes[name] * getattr(s, name).epochs / (1 - getattr(s, name).mix)
         rows = min(part.micro or part.batch, part.batch)
         predicted = T if part.query_weight else R
         memory = trained + kept(c, rows, T, device, part.recompute) + 3 * min(2**27, 4 * rows * predicted * V)  # logits, softmax, gradient of a chunk
         out[name] = memory, (4 if part.recompute else 3) * forward_flops(c, tokens, T) + 3 * unembed * tokens * predicted / T
     half = 2 if choose_precision(device)[0] == torch.bfloat16 else 4
+    cache = T * c.n_layer * 2 * c.n_embd * (4 if device == "cpu" else half)  # per row; model.generate steps in float32 on a CPU
+    if sizes.get("sampled"):  # of two models, 384 rows at a time; for three policies each query is read
+        rows = sizes["sampled"] * s.collect.k
+        tokens = 3 * sizes["sampled"] * sizes["query"] + rows * R
+        out["collect"] = 8 * P + min(384, rows) * cache, forward_flops(c, tokens, T) + rows * R * unembed
     each = sizes["query"] + R * sizes["responses"] / max(1, sizes["groups"])
     posts = min(s.reward.micro or s.reward.batch, s.reward.batch)
     rows, layers = posts * each / T, 1 if s.reward.recompute else c.n_layer
     branch = 2 * half * layers * c.n_head * T * posts * R * sizes["responses"] / max(1, sizes["groups"])  # the softmax over the query
     out["reward"] = (trained + kept(c, rows, T, device, s.reward.recompute) + branch,
-                     (4 if s.reward.recompute else 3) * forward_flops(c, sizes["groups"] * each * s.reward.epochs, T))
+                     (4 if s.reward.recompute else 3) * forward_flops(c, sizes["groups"] * each * s.reward.epochs, T)
+                     * (s.collect.rounds + 1) / 2)  # labels grow from 1 / rounds to all
     p = s.ppo
     per_minibatch = -(-p.batch // p.minibatches)
     networks = {"separate": 2, "scratch": 2, "shared": 1}[p.value]
     held = trained * networks + 8 * P + (4 * P if p.ema else 0)  # policy and value model; reference and reward model
-    sampling = p.batch * T * c.n_layer * 2 * c.n_embd * half
+    sampling = p.batch * cache
     judging = kept(c, p.batch, T, device) / c.n_layer * 2
-    update = kept(c, min(p.micro or per_minibatch, per_minibatch), T, device, p.recompute) + 3 * min(2**27, 4 * per_minibatch * R * V)
-    tokens = p.iterations * p.batch * (sizes["query"] + R)
-    passes = 1 + 4 + p.epochs * 2 * (4 if p.recompute else 3)  # sampling; policy, reference, score, value; policy and value model trained
-    out["ppo"] = held + max(sampling, judging, update), passes * forward_flops(c, tokens, T) + p.epochs * 3 * unembed * tokens * R / T
+    predicted = T if p.ptx_coef and s.pretrain.query_weight else R
+    update = (kept(c, min(p.micro or per_minibatch, per_minibatch), T, device, p.recompute)
+              + 3 * min(2**27, 4 * per_minibatch * predicted * V))
+    episodes = p.iterations * p.batch * (1 if s.collect.online else s.collect.rounds)
+    there_and_back = 4 if p.recompute else 3
+    passes = 1 + 4 + p.epochs * 2 * there_and_back  # sampling; policy, reference, score, value; policy and value model trained
+    flops = passes * forward_flops(c, episodes * (sizes["query"] + R), T) + (3 + p.epochs * 3) * unembed * episodes * R
+    if p.ptx_coef:
+        rows = episodes * p.epochs * p.ptx_ratio
+        flops += there_and_back * forward_flops(c, rows * T, T) + 3 * unembed * rows * predicted
+    out["ppo"] = held + max(sampling, judging, update), flops
     return out
 
 
@@ -103,6 +117,8 @@ def matmul_speed(device, seconds=0.2):
 
 def advice(stage, s):
     """What makes a stage smaller."""
+    if stage == "collect":
+        return f"--model.max_query below {s.model.max_query}, or a smaller model"
     part = getattr(s, stage)
     ways = [f"{stage}.batch below {part.batch}"]
     if hasattr(part, "micro"):
@@ -120,7 +136,8 @@ def check_resources(s, c, Q, R, sizes, device, weights_given):
     print(f"estimate: {parameters(c):,} parameters; {speed / 1e9:,.0f} GFLOP/s at matrix products here, a third of it in training")
     for name, (memory, _) in needs.items():
         print(f"  {name:8} {memory / GB:6.2f} GB  {show_time(seconds[name])}")
-    print(f"  in all, besides data and evaluation, {show_time(sum(seconds.values()))}" + (f"; {free / GB:.1f} GB are free" if free else ""))
+    print(f"  in all, besides data{'' if 'collect' in needs else ', collection'} and evaluation, {show_time(sum(seconds.values()))}"
+          + (f"; {free / GB:.1f} GB are free" if free else ""))
     for name, (memory, _) in needs.items():
         if free is not None and memory > free:
             raise DataError(f"stage {name} needs about {memory / GB:.1f} GB of memory and {free / GB:.1f} GB are free; try {advice(name, s)}")

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import corpus
 import data
 import estimate
 import evaluation
+import ppo
 import real
 import reward
 import run
@@ -274,6 +276,52 @@ def test_what_cannot_fit_is_refused_with_advice(monkeypatch, capsys):
     s.ppo.recompute = s.sft.recompute = False
     plain = estimate.stages(s, c, 512, 48, sizes, "cuda")
     assert all(plain[name][0] > whole[name][0] and plain[name][1] < whole[name][1] for name in ("sft", "ppo"))
+
+
+def estimated(sizes, device="cpu", c=None, **changes):
+    s = run.preset("tiny", {key.replace("__", "."): value for key, value in changes.items()})
+    sizes = {"pretrain": 10**5, "sft": 10**4, "query": 32, "groups": 100, "responses": 500, **sizes}
+    return estimate.stages(s, c or tiny_model().config, 32, 16, sizes, device)
+
+
+def test_operations_of_sampling_and_of_ptx_are_those_done():
+    """Catches a factor left out (samples per post, ptx_ratio, epochs, the backward pass, logits): torch counts the operations."""
+    model = tiny_model(n_embd=128, n_layer=6, n_positions=48, vocab_size=600)  # a query's last layer is worked out at its end only
+    queries, R = [[7] * 32] * 6, 16
+    with FlopCounterMode(display=False) as counter:
+        for n in (1, 2, 1):  # as run.py's mixture of policies
+            reward.sample_responses(model, queries, R, 1.0, torch.Generator().manual_seed(0), n)
+    flops = estimated({"sampled": 6}, c=model.config)["collect"][1]
+    assert .85 < counter.get_total_flops() / flops < 1.15
+    rows = ([[7] * 32] * 9, [[8] * 16] * 9, .5)
+    settings = run.preset("tiny", {"ppo.ptx_coef": 1.0, "ppo.ptx_ratio": 3}).ppo
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(2 * 2):  # epochs and minibatches of one iteration, four episodes each
+            ppo.ptx_backward(model, rows, 4, settings, torch.Generator().manual_seed(0))
+    plain, ptx = (estimated({}, c=model.config, ppo__iterations=1, ppo__batch=8, ppo__epochs=2, **more)["ppo"]
+                  for more in ({}, {"ppo__ptx_coef": 1.0, "ppo__ptx_ratio": 3}))
+    assert .85 < counter.get_total_flops() / (ptx[1] - plain[1]) < 1.2
+
+
+def test_rounds_and_mixtures_multiply(monkeypatch, capsys):
+    """Catches rounds, their labels and runs of PPO, counted once; mixed rows left out; the CPU's cache in half precision."""
+    one, three, online = (estimated({}, collect__rounds=n, collect__online=o) for n, o in ((1, False), (3, False), (3, True)))
+    assert [three[name][1] / one[name][1] for name in ("sft", "reward", "ppo")] == pytest.approx([1, 2, 3])
+    assert [online[name][1] / one[name][1] for name in ("reward", "ppo")] == pytest.approx([2, 1]) and "collect" not in one
+    mixed = estimated({}, sft__mix=.75)
+    assert mixed["sft"][1] == pytest.approx(4 * one["sft"][1]) and mixed["pretrain"] == one["pretrain"]
+    monkeypatch.setattr(estimate, "choose_precision", lambda device: (torch.bfloat16, ""))
+    c = tiny_model().config
+    cache = 48 * c.n_layer * 2 * c.n_embd * 384
+    memory = [estimated({"sampled": 1000}, device)["collect"][0] - 8 * estimate.parameters(c) for device in ("cpu", "cuda")]
+    assert memory == [4 * cache, 2 * cache]
+    monkeypatch.setattr(estimate, "matmul_speed", lambda device: 1e12)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 2**50)
+    sizes = {"pretrain": 10**5, "sft": 10**4, "query": 32, "groups": 100, "responses": 500}
+    for more, says in (({}, "besides data, collection and evaluation"), ({"sampled": 10**6}, "besides data and evaluation")):
+        estimate.check_resources(run.preset("tiny"), c, 32, 16, {**sizes, **more}, "cuda", False)
+        assert says in capsys.readouterr().out
+    assert estimate.advice("collect", run.preset("tiny")) == "--model.max_query below 128, or a smaller model"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
