@@ -270,6 +270,7 @@ def check_fit(run, enc, Q, R, rows, groups):
     sizes["query"] = float((rows["sft"].stops - rows["sft"].starts)[::2].mean())
     sizes["groups"] = s.collect.posts if groups is None else len(groups)
     sizes["responses"] = s.collect.posts * (s.collect.k + 1) if groups is None else sum(len(g["responses"]) for g in groups)
+    sizes["sampled"] = 0 if run.real else s.collect.posts + s.collect.held_out_posts
     estimate.check_resources(s, model_config(s.model, enc, Q, R), Q, R, sizes, run.device, bool(s.model.init))
 
 
