@@ -1,9 +1,9 @@
 """
 Every figure of the papers on the embedded world, with error bars, from one command:
 
-    python run.py figures                       # all of them -> out/figures/report.html, under 40 minutes on two cores
+    python run.py figures                       # all of them -> out/figures/report.html; it says how long it will take
     python run.py figures overoptimization      # one
-    python run.py figures --quick               # small data, one seed, in under 8 minutes: the machinery, not the findings
+    python run.py figures --quick               # small data, one seed: the machinery, not the findings
 
 A figure is measured (NAME.json, and NAME-TABLE.csv of each table), then drawn from what was measured alone (NAME.png). What is
 measured already is not measured again. One pretrained and one SFT model per model size serve all; seeds vary what comes after:
