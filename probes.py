@@ -524,8 +524,10 @@ def measure_agreement(lab):
             "facts": facts_of(lab, run.posts["test"] + run.posts["held_out"])}
 
 
-COPY_BIAS = 60.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
-LONGER = {"reward.epochs": 3, "ppo.iterations": 16}  # a reward model sees in its second pass only what is copied; for honest labelers too
+COPY_BIAS = 30.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
+# For honest labelers too: a model that writes what stands in no post samples little else. A reward model sees in its later passes what is
+# copied; three times the iterations, warmer rollouts and a dearer KL let the policy find it before it settles on a phrase.
+LONGER = {"reward.epochs": 3, "ppo.iterations": 36, "ppo.minibatches": 4, "ppo.lr": 4e-4, "ppo.temperature": 1.0, "ppo.beta": 0.15}
 # An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
 # shown other samples (all of them at PPO's temperature, see run.mixture).
 UNSUPERVISED = {"sft.lr": 1e-12}
@@ -555,7 +557,7 @@ def measure_copying(lab):
     novelty = {r["policy"]: r["mean"] for r in table if r["measure"] == "sentence novelty"}
     ratio = {f"novelty_ratio_{start}": novelty[f"{start}, copying"] / max(novelty[f"{start}, honest"], 1e-9)
              for start in ("fine-tuned", "supervised + fine-tuned")}
-    return {"tables": {"texts": table, "bigrams": heat}, "facts": facts_of(lab, posts, seeds) | ratio | {"copy_bias": COPY_BIAS}}
+    return {"tables": {"texts": table, "bigrams": heat}, "facts": facts_of(lab, posts, seeds) | ratio | {"copy_bias": COPY_BIAS, "longer": longer}}
 
 
 BEST_OF = 8  # samples of each labelled post from which the reward model chooses what supervised training imitates
@@ -881,6 +883,8 @@ def caption_copying(measured):
         return says(find(measured, "texts", policy=policy, measure=measure))
     novelty = {name: of(name, "sentence novelty") for name in dict.fromkeys(r["policy"] for r in measured["tables"]["texts"])}
     ratio = f["novelty_ratio_supervised + fine-tuned"]
+    longer = ("All four were trained with " + ", ".join(f"{key} {x:g}" for key, x in f["longer"].items())
+              + ", which leaves PPO time to find what is hardly sampled at first. ") if f["longer"] else ""
     return ("In Ziegler 2019 (tables and blog post) the novel sentences of TL;DR summaries are 98.9 % for references, 96.3 % zero-shot, "
             "29.0 % fine-tuned, 96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the "
             "last four; the fine-tuned model copies the start of 28 % of posts and of 0.2 % behind an empty preamble; labelers prefer "
@@ -888,7 +892,7 @@ def caption_copying(measured):
             "Ours, novel sentences: " + ", ".join(f"{label_copying(name)} {x}" for name, x in novelty.items()) +
             f". The copying labelers hold a summary copied whole to be worth {f['copy_bias']:.0f} key facts (collect.copy_bias) and leave "
             f"of the honest ones' sentence novelty {ratio:.0%} (supervised + fine-tuned) and {f['novelty_ratio_fine-tuned']:.0%} "
-            "(fine-tuned). Stated facts that are right: supervised + fine-tuned "
+            f"(fine-tuned). {longer}Stated facts that are right: supervised + fine-tuned "
             f"{of('supervised + fine-tuned, honest', 'stated facts that are right')} honest and "
             f"{of('supervised + fine-tuned, copying', 'stated facts that are right')} copying. Lead-3: by ROUGE-L "
             f"{of('lead-3', 'ROUGE-L')} against {of('supervised + fine-tuned, honest', 'ROUGE-L')}; preferred to it are the summaries of "

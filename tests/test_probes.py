@@ -332,7 +332,7 @@ def test_figures_are_drawn_from_rows_alone(name, tmp_path, monkeypatch):
                            for i, p in enumerate(("reference", "ppo", "ppo, small", "best-of-n"))],
                    "agreement": [{"pairs": p, "judge": "labeler", "other": o, **row} for p in ("one policy (SFT)", "two policies")
                                  for o in ("labeler", "gold judge")]}}[name]
-    facts = {"posts": 40, "seeds": 2, "copy_bias": 9., "labels": 77, **{f"novelty_ratio_{start}": .4 for start in starts}}
+    facts = {"posts": 40, "seeds": 2, "copy_bias": 9., "longer": {"ppo.lr": 4e-4}, "labels": 77, **{f"novelty_ratio_{start}": .4 for start in starts}}
     measured = {"tables": tables, "facts": facts}
     getattr(probes, "draw_" + name)(measured, tmp_path / "a.png")
     for r in next(iter(tables.values())):
