@@ -269,6 +269,10 @@ def words(text):
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
+def sentences(text):
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def _regex(pattern, group, slots):
     """A pattern such as 'i feel {feeling}' as a regular expression; {slot} captures, {slot2} only matches."""
     parts, out = re.split(r"(\{\w+\})", pattern), []
@@ -462,7 +466,7 @@ class Labeler:
 
 def copied_share(summary, source):
     """Share of the summary's words that stand in sentences copied whole from the source: the habit that made Ziegler's models copy."""
-    text, said = f" {' '.join(words(source))} ", [words(s) for s in re.split(r"(?<=[.!?])\s+", summary)]
+    text, said = f" {' '.join(words(source))} ", [words(s) for s in sentences(summary)]
     return sum(len(s) for s in said if f" {' '.join(s)} " in text) / max(1, sum(map(len, said)))
 
 

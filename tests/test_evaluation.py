@@ -14,7 +14,7 @@ import evaluation
 import world
 from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines
 from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, entries, lead3, length_controlled_win_rate,
-                        measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, sample_policies, sampled_kl, sentence_novelty,
+                        measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, rouge_means, sample_policies, sampled_kl, sentence_novelty,
                         wins)
 from reward import group_by_post, sample_responses
 from sft import load_model
@@ -144,9 +144,11 @@ def test_sentence_novelty_and_lead3_by_hand():
 
 def test_rouge_by_hand_and_by_brute_force():
     """Catches precision or recall for F1, no stemmer, a mean over something else, summaries and references that are not paired."""
-    by_hand = rouge(["the cats sat", "my dog"], ["The cat sat on a mat.", "your horse"])  # 3 of 3 and 6 words, 2 of 2 and 5 bigrams
+    by_hand = rouge_means(["the cats sat", "my dog"], ["The cat sat on a mat.", "your horse"])  # 3 of 3 and 6 words, 2 of 2 and 5 bigrams
     assert [by_hand[name][0] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx([2 / 6, 2 * 1 * .4 / 1.4 / 2, 2 / 6])
-    assert by_hand["rouge1"][1] == [0, pytest.approx(2 / 3)] and rouge(["", "x"], ["a cat", "x"])["rougeL"][0] == .5
+    assert by_hand["rouge1"][1] == [0, pytest.approx(2 / 3)] and rouge_means(["", "x"], ["a cat", "x"])["rougeL"][0] == .5
+    assert rouge(["cats", "x"], ["cat", "x"], ["rougeL"]).tolist() == [[1], [1]]
+    assert rouge(["cats", "x"], ["cat", "x"], ["rougeL"], stem=False).tolist() == [[0], [1]]
     rng = random.Random(0)
     for _ in range(20):
         a, b = ([rng.choice("abcd") for _ in range(rng.randrange(2, 8))] for _ in range(2))
@@ -157,7 +159,7 @@ def test_rouge_by_hand_and_by_brute_force():
         subsequences = {s for k in range(len(a) + 1) for s in itertools.combinations(a, k)}
         longest = max(k for k in range(len(b) + 1) if subsequences & set(itertools.combinations(b, k)))
         expected = [out[1], out[2], 2 * longest / (len(a) + len(b))]
-        assert [mean for mean, _ in rouge([" ".join(a)], [" ".join(b)]).values()] == pytest.approx(expected)
+        assert rouge([" ".join(a)], [" ".join(b)])[0].tolist() == pytest.approx(expected)
     with pytest.raises(ValueError):
         rouge(["a"], ["a", "b"])
 
@@ -361,7 +363,7 @@ def test_every_policy_answers_in_the_format_of_the_task(enc, monkeypatch):
                 assert row["policies"][name]["text"] == said
         assert row["policies"]["in_context"]["eos"] == (text != "a")
     measured = measure_policies(rows)
-    assert measured["lead3"]["rouge"] == rouge([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
+    assert measured["lead3"]["rouge"] == rouge_means([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
     header, table = evaluation.table_rows(measured)
     assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and [r[0] for r in table][3] == "pretrained (in context)"
     assert table[0][1] == "–" and table[1][1].startswith(f"{measured['lead3']['rouge']['rouge1'][0]:.1%} (") and len(set(map(len, [header] + table))) == 1
@@ -373,11 +375,11 @@ def axis_row(policy, post, **axes):
     return {"info": {"id": post}, "summary": {"policy": policy, "axes": axes}}
 
 
-def test_measure_axes_by_hand():
+def test_axis_means_by_hand():
     """Catches axes or policies in one heap, and evaluations of one post taken for independent."""
     rows = [axis_row("a", "p", overall=7, compatible=True), axis_row("a", "p", overall=5), axis_row("a", "q", overall=3, compatible=False),
             axis_row(None, "p", accuracy=2)]
-    out = evaluation.measure_axes(rows)
+    out = evaluation.axis_means(rows)
     assert {policy: set(axes) for policy, axes in out.items()} == {"a": {"overall", "compatible"}, "unknown": {"accuracy"}}
     assert (out["a"]["overall"]["mean"], out["a"]["overall"]["n"], out["a"]["compatible"]["mean"]) == (5, 3, .5)
     assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] == [2, 2]  # 7 and 5 stand together or not at all
