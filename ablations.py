@@ -61,10 +61,11 @@ ABLATIONS = [
              [{"reward.epochs": 3}, *({"reward.group": False, "reward.epochs": n} for n in (1, 3))], "reward"),
     Ablation("sft-epochs", "InstructGPT 2022 §3.5, C.1", "held-out loss turns up after one epoch; the reward model's score and people's "
              "ratings rise for longer", [{"sft.epochs": 16, "sft.dropout": 0.2, "sft.choose": "reward"}], "sft"),
-    Ablation("batched-labels", "Ziegler 2019 §2.3, Stiennon 2020 §3.1", "labels on the latest policy's samples keep the reward model valid; "
-             "batched is simpler than online", [{"collect.rounds": 2}, {"collect.rounds": 2, "collect.online": True}]),
+    Ablation("batched-labels", "Ziegler 2019 §2.3, Stiennon 2020 §3.1", "labels on the latest policy's samples keep the reward model "
+             "valid; batched is simpler than online", [{"collect.rounds": 2}, {"collect.rounds": 2, "collect.online": True}]),
 ]
-QUICK = {"ppo.iterations": 2, "ppo.batch": 8, "ppo.ptx_ratio": 1, "reward.epochs": 2, "sft.epochs": 2, "collect.rounds": 2}  # at most so much with --quick
+QUICK = {"ppo.iterations": 2, "ppo.batch": 8, "ppo.ptx_ratio": 1, "reward.epochs": 2, "sft.epochs": 2,
+         "collect.rounds": 2}  # at most so much with --quick
 
 
 # ---------------------------------------------------------------------------------------------------------------------

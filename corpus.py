@@ -153,8 +153,8 @@ def excerpts(rows, enc, n, seed, task="sentiment", least=32):
 
 
 def held_out_text(rows):
-    """-> indices of the rows to train on, and of those to test on: a twentieth of the text. Stretches are counted in tokens, so that rows of
-    every length agree on what is held out; a row across an edge is in neither."""
+    """-> indices of the rows to train on, and of those to test on: a twentieth of the text. Stretches are counted in tokens, so that rows
+    of every length agree on what is held out; a row across an edge is in neither."""
     stretch = min(4096, max(1024, int(rows.stops[-1]) // 20))
     first, last = rows.starts // stretch, (rows.stops - 1) // stretch  # of the stretches 0, 1, 2, ..., every 20th from 1 on is held out
     untouched = (last + 19) // 20 == (first + 18) // 20  # as many held-out stretches up to the row's end as before its beginning

@@ -546,9 +546,9 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
            f"{'samples at the rollout temperature' if policies.get('lead3') is None else 'greedy decoding'}; "
            "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature."
            + (" ROUGE is F1 against the whole reference, by rouge-score with its stemmer; 95 % intervals." if "ROUGE-1" in header else "")
-           + ("" if "in_context" in policies or policies.get("lead3") is None else " The zero-shot baseline with examples in its context is "
-              "left out: in front of some post the language model's context has no room for one."),
-           *(["SFT is the language model itself: nothing was fine-tuned before PPO."] if not settings["settings"]["sft"]["epochs"] else []), "",
+           + ("" if "in_context" in policies or policies.get("lead3") is None else " The zero-shot baseline with examples in its context "
+              "is left out: in front of some post the language model's context has no room for one."),
+           *([] if settings["settings"]["sft"]["epochs"] else ["SFT is the language model itself: nothing was fine-tuned before PPO."]), "",
            *markdown_table(header, rows)]
     out += ["", over_sft(policies["ppo"])] if policies["ppo"]["gold_win_rate_sft"] is not None else []
     if bits:
@@ -557,11 +557,12 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
-            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which their noise sets.")]
+            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which "
+            "their noise sets.")]
     if reward.get("labeler_agreement"):
         a = reward["labeler_agreement"]
-        out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with each "
-                   f"other {a['between_labelers']:.1%}.")
+        out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with "
+                   f"each other {a['between_labelers']:.1%}.")
     if reward["accuracy_ci"][0] <= reward["longer_wins"]:
         out += ["", "**Its interval reaches down to 'longer wins': on these labels it has not shown that it learned more than length.**"]
     out += ["", "![reward model](reward.png)", "", "## Training", "", "![losses](training.png)", "", "![PPO](ppo.png)", "",
@@ -570,7 +571,8 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             "## Samples", "", "The first five held-out posts, not chosen."]
     for row in samples[:5]:
         post = row["post"]
-        out += ["", f"**r/{post['subreddit']}: {post['title']}**" if post["title"] else f"**{post['id']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
+        out += ["", f"**r/{post['subreddit']}: {post['title']}**" if post["title"] else f"**{post['id']}**", "",
+                *("> " + line for line in post["post"][:1500].split("\n")), ""]
         for name in [n for n in POLICIES if n in row["policies"]]:
             s = row["policies"][name]
             gold = f"; gold {world.utility(post, s['text']):.1f}" if "facts" in post else ""
@@ -660,7 +662,8 @@ def judge_policy(folder, policy_folder, device):
     policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
-    responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop, samples[0]["post"].get("task") not in world.STYLES)
+    responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop,
+                                      samples[0]["post"].get("task") not in world.STYLES)
     for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
     return samples
@@ -693,7 +696,8 @@ def judge_posts(folder, file, task, device):
                               pick_examples(run.enc, examples))
     os.makedirs(os.path.join(folder, "evaluation"), exist_ok=True)
     save_json_lines(os.path.join(folder, "evaluation", f"{stem(file)}-{task}.jsonl"), samples)
-    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; ROUGE is F1, stemmed")
+    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; "
+          "ROUGE is F1, stemmed")
     show_table(folder, f"{stem(file)}-{task}", *table_rows(measure_policies(samples)))
 
 
@@ -713,8 +717,9 @@ def judge_axes(folder, file):
     evaluations, skipped = load_axis(file)
     measured = axis_means(evaluations)
     names = sorted({axis for axes in measured.values() for axis in axes}, key=lambda axis: (axis != "overall", axis))
-    rows = [[policy, str(max(a["n"] for a in axes.values()))] + [with_interval((axes[name]["mean"], axes[name]["ci"]) if name in axes else None, ".2f")
-                                                               for name in names] for policy, axes in measured.items()]
+    rows = [[policy, str(max(a["n"] for a in axes.values())),
+             *(with_interval((axes[name]["mean"], axes[name]["ci"]) if name in axes else None, ".2f") for name in names)]
+            for policy, axes in measured.items()]
     print(f"{file}: {len(evaluations)} evaluations, {skipped} more skipped because a text or all answers are missing; intervals over posts")
     show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
 

@@ -193,9 +193,9 @@ def caption_preference(measured):
             "with size; only human feedback passes 50 % (61 % at 1.3B, about 70 % at 6.7B, some 5 points less at equal length). Ours, "
             f"largest size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} "
             f"and {ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} "
-            f"seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over {probes.over(facts)} on the left, lowest and highest seed "
-            f"on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT "
-            "model per size.")
+            f"seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over {probes.over(facts)} on the left, lowest and highest "
+            f"seed on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one "
+            "SFT model per size.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def caption_axes(measured):
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT "
             f"{rows['sft']['overall_at_least_6_5']:.0%}, reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: "
             f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over "
-            f"{probes.over(facts)}. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was "
-            "to gain: who writes the world's own sentences is coherent to the judge.")
+            f"{probes.over(facts)}. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how "
+            "much there was to gain: who writes the world's own sentences is coherent to the judge.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,7 +600,8 @@ def measure_curves(lab):
     for key, _ in PPO_CURVES:
         for step in range(len(logs[0])):
             values = [log[step][key] for log in logs]
-            rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values)})
+            rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values),
+                         "seeds": len(values)})
     return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0]),
                                                "trained_by": trained_by(open_run(folders[0]).config)}}
 
@@ -750,8 +751,8 @@ def command(argv):
     parser.add_argument("--quick", action="store_true", help="small data and one seed: shows the machinery, not the findings")
     parser.add_argument("--seeds", help="seeds of comparisons, reward model and PPO (default 1,2,3; with --quick 1)")
     parser.add_argument("--out", help="folder of the figures (default out/figures, with --quick out/figures-quick)")
-    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size; its seed "
-                        "must be the first of --seeds")
+    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size; "
+                        "its seed must be the first of --seeds")
     parser.add_argument("--preset", choices=("tiny", "test"), default="tiny", help="preset of the runs; test is for tests")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)

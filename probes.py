@@ -179,7 +179,8 @@ def text_probes(post, other, texts, rng):
     pairs = {name: p for name, p in pairs.items() if p and world.utility(post, p[0]) > world.utility(post, p[1])}
     pairs |= {"empty phrase dropped": drop_filler(rng, post, sample),
               "words not shuffled": (ref, shuffle(ref.split(), rng)), "lead-3 not shuffled": (lead, shuffle(world.sentences(lead), rng)),
-              "rand-3 not shuffled": (three, shuffle(world.sentences(three), rng)), "nothing irrelevant appended": (ref, f"{ref} {irrelevant}"),
+              "rand-3 not shuffled": (three, shuffle(world.sentences(three), rng)),
+              "nothing irrelevant appended": (ref, f"{ref} {irrelevant}"),
               '"what should i do?" not appended': (ref, f"{ref} what should i do?"), "title, not another post's": (title, other["title"]),
               "title once, not twice": (title, f"{title} {title}"), "reference, not title": (ref, title),
               "reference, not lead-3": (ref, lead), "reference, not rand-3": (ref, three)}
@@ -828,9 +829,9 @@ def caption_probes(measured):
             f"planted wrong fact {rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
             f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. By "
             f"intervals above 50 % it is {shown('missing fact added')}shown that ours notices whether a fact is stated, and "
-            f"{shown('planted wrong fact corrected')}shown that it checks it against the post. Bias to length: where the gold judge sees no difference "
-            f"the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on "
-            f"{length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
+            f"{shown('planted wrong fact corrected')}shown that it checks it against the post. Bias to length: where the gold judge sees "
+            f"no difference the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers "
+            f"on {length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
             "or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers the first. "
             + basis(measured))
 
@@ -887,11 +888,11 @@ def caption_critics(measured):
         return says(find(measured, "accuracy", model=model, judge=judge))
     return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. "
             f"Preferred to the reference by the gold judge: SFT {of('sft')}, trained on with samples and references that won more "
-            f"comparisons than they lost {of('preferred')}, with the most preferred of each post {of('most-preferred')}, with the reward model's favourite of "
-            f"{BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the supervised ones by its own recipe, "
-            "one pass. Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The "
-            f"reward model agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
-            f"{accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
+            f"comparisons than they lost {of('preferred')}, with the most preferred of each post {of('most-preferred')}, with the reward "
+            f"model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the "
+            "supervised ones by its own recipe, one pass. Right, and by colour: judges who are not the training labelers, workers with "
+            f"other weights for the facts. The reward model agrees with labels of the training labelers on "
+            f"{accuracy('training labelers')}, of the others on {accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
             f"{accuracy('training labelers', 'gold judge')} and {accuracy('other labelers', 'gold judge')}; PPO is preferred to the "
             f"reference by the training labelers on {of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
             "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. "

@@ -195,7 +195,9 @@ def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
             first, second = (labeler.compare(c["info"], a, b)[0] for _ in range(2))
             with_judge += [choice == int(gold < 0) for choice in (first, second)]
             between.append(first == second)
-    return {"with_judge": float(np.mean(with_judge)), "between_labelers": float(np.mean(between)), "pairs": len(between)} if between else None
+    if not between:
+        return None
+    return {"with_judge": float(np.mean(with_judge)), "between_labelers": float(np.mean(between)), "pairs": len(between)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

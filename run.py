@@ -101,14 +101,16 @@ GPT3_1B = {  # what the 1.3B models of Stiennon and InstructGPT share; micro and
     "ppo.micro": 4, "ppo.recompute": True}
 GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches from Ziegler's code for 124M
     "model.max_query": 512, "model.max_response": 48, "data.pretrain": 10**6, "data.sft": 10**6, "sft.lr": 6.35e-5, "sft.batch": 128,
-    "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
-    "ppo.micro": 64}
-GPT2_STYLE = {  # Ziegler's code: no SFT, best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on, TensorFlow's Adam
+    "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1,
+    "ppo.iterations": 1953, "ppo.micro": 64}
+# Ziegler's code: no SFT, best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on, TensorFlow's Adam
+GPT2_STYLE = {
     "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.epochs": 0,
     "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
     "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1,
     "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared", "ppo.whiten_rewards": True,
-    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
+    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True,
+    "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -138,8 +140,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
                 "pretrain.query_weight": 1.0, "sft.epochs": 0,
                 "collect.posts": 5000, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
-                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1, "ppo.epochs": 4,
-                "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
+                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1,
+                "ppo.epochs": 4, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
                 "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
                 "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},
     # real data: GPT-2 on the papers' tasks, and a small model from scratch on anybody's posts and text
@@ -148,8 +150,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
                    "pretrain.lr": 2e-3, "sft.epochs": 2, "sft.choose": "loss", "sft.lr": 3e-4,
                    "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3, "ppo.iterations": 10, "ppo.lr": 1e-4, "evaluation.best_of": 4},
     "gpt2-tldr": {"model.init": "gpt2", **GPT2_TLDR},
-    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16, "reward.micro": 4, "ppo.batch": 256,
-                        "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
+    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16,
+                        "reward.micro": 4, "ppo.batch": 256, "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
     "gpt2-cnndm": {"model.init": "gpt2", **GPT2_TLDR, "data.task": "cnndm", "model.max_query": 500, "model.max_response": 75,
                    "ppo.temperature": 0.5},  # Ziegler's lengths and temperature: Stiennon's 1919 tokens do not fit into GPT-2
     "gpt2-sentiment": {"data.task": "sentiment", **GPT2_STYLE},
@@ -174,13 +176,15 @@ def preset(name, changes={}):
 def check_together(s, real=False):
     """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
     check(s.collect.rounds == 1 or not real, "collect.rounds must be 1 with --comparisons: people have labelled")
-    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "with collect.online, collect.rounds must not be above ppo.iterations")
+    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations,
+          "with collect.online, collect.rounds must not be above ppo.iterations")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
     check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
-    check(real or TASKS[s.data.task].stop == EOS or s.ppo.stop_token, f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must "
-          "say what ends a response, as in the preset ziegler")
+    check(real or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
+          f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must say what ends a response, "
+          "as in the preset ziegler")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
@@ -212,7 +216,8 @@ def split_posts(run):
     posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
                                     world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
     news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
-    places = random.Random(f"{run.seed}-news").sample(range(len(posts["pretrain"])), len(news))  # anywhere: what reads the first posts reads both
+    # anywhere: what reads the first posts reads both
+    places = random.Random(f"{run.seed}-news").sample(range(len(posts["pretrain"])), len(news))
     for place, post in zip(places, news):
         posts["pretrain"][place] = post
     return posts
@@ -293,7 +298,8 @@ def stage_pretrain(run):
     else:
         model = GPT(model_config(m, run.enc, run.Q, run.R)).to(run.device)
         model.amp_dtype = choose_precision(run.device)[0]
-        loss = train_lm(model, stored_posts(run, "pretrain"), valid, run.settings.pretrain, path(run, "pretrained"), run.seed, name="pretrain")
+        loss = train_lm(model, stored_posts(run, "pretrain"), valid, run.settings.pretrain, path(run, "pretrained"), run.seed,
+                        name="pretrain")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out loss {loss:.3f} nats per summary token")
     if run.real:
         measured = evaluation.held_out_bits(model, run)
@@ -322,7 +328,8 @@ def label_share(k, s):
 
 
 def mixture(run):
-    """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and SFT."""
+    """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and
+    SFT."""
     k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
     if run.round == 1 and not run.settings.sft.epochs:  # all from the policy as PPO will sample it (Ziegler §2.1)
         policies = [("initial", sft, run.settings.ppo.temperature, k)]
@@ -354,8 +361,8 @@ def stage_collect(run):
         agreement = labeler_agreement(labeler, comparisons, policies[len(policies) // 2][0])
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
-            print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
-                  f"with each other {agreement['between_labelers']:.1%}")
+            print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge "
+                  f"{agreement['with_judge']:.1%}, with each other {agreement['between_labelers']:.1%}")
     else:
         comparisons = real.read_comparisons(run, run.enc)
         real.split_comparisons_by_post(comparisons, run.posts["test"] + run.posts["valid"], rng)
@@ -464,8 +471,9 @@ def open_folder(out, config):
             raise DataError(f"{out} was made with {key} = {old.get(key)}, now it is {value}; name another folder with --out")
 
 
-SHARED = {"data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",), "collect": ("comparisons.jsonl", "labelers.json"),
-          "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
+SHARED = {  # what each stage leaves behind
+    "data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",),
+    "collect": ("comparisons.jsonl", "labelers.json"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}
 
 
 def same_stages(base, old, new):

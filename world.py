@@ -144,7 +144,8 @@ STORY_SLOTS = {
     "glad": "happy glad cheerful proud".split(), "sad": "sad gloomy hurt afraid".split(),
     "kind": "kind gentle sweet good".split(), "rude": "rude cruel cold mean".split(),
     "colour": "red blue green black white yellow".split(), "shape": "round flat small huge thin heavy".split(),
-    "loud": "loud soft sharp deep".split(), "scent": "smoke soap bread coffee grass paint".split(), "rough": "rough smooth wet dry sticky".split(),
+    "loud": "loud soft sharp deep".split(), "scent": "smoke soap bread coffee grass paint".split(),
+    "rough": "rough smooth wet dry sticky".split(),
 }
 OPENING = ["one day {who} met {whom} at the {place}.", "{who} had come to the {place} to see {whom}."], \
           ["{who} had brought the {thing} along.", "they wanted to look at the {thing}."]
@@ -233,7 +234,8 @@ def make_story(rng, id, task):
     facts = {"who": who, "whom": whom, "place": _pick(rng, SLOTS["place"]), "thing": _pick(rng, SLOTS["object"])}
     happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
     kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
-        (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}
+        (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy),
+        (("sight", "sound", "smell", "touch"), physical)) for kind in group}
     sentences = [rng.choice(patterns).format(**facts) for patterns in OPENING]
     more = rng.choice([4, 5]) + 4
     while len(sentences) < 2 + more:  # nobody tells the same thing twice
