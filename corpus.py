@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data import MAX_TEXT, TASKS, DataError, comparisons_of, encode_query, encode_response, posts_of, read_lines
+from data import MAX_TEXT, TASKS, DataError, encode_query, encode_response, posts_of, read_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's choice among raw Reddit posts (Stiennon appendix A)
@@ -246,23 +246,13 @@ def stored_text(folder, paths, enc, T):
 
 def post_rows(path, enc, Q, R, task="tldr", need_summary=True):
     """Yield query, response, query, response, ... of the posts of a file, as load_posts returns them."""
-    return _encoded(enc, Q, R, ((at, post, [post["summary"]]) for at, post in posts_of(path, task, need_summary) if post))
-
-
-def comparison_rows(path, enc, Q, R, task="cnndm-transfer"):
-    """Yield query, response 0, response 1, query, ... of the comparisons of a file, as load_comparisons returns them."""
-    rows = comparisons_of(path, task)
-    return _encoded(enc, Q, R, ((at, row["info"], [s["text"] for s in row["summaries"]]) for at, row in rows if row))
-
-
-def _encoded(enc, Q, R, rows):
-    """rows (file:line, post, summaries) -> ids of the query, ids of each summary, and so on with the next row."""
     def encode(row):
-        at, post, summaries = row
+        at, post = row
         try:
-            return [encode_query(enc, post, Q)] + [encode_response(enc, s, R, post.get("task", "tldr")) for s in summaries]
+            return encode_query(enc, post, Q), encode_response(enc, post["summary"], R, post.get("task", "tldr"))
         except DataError as e:
             raise DataError(f"{at}: {e}") from None
+    rows = (row for row in posts_of(path, task, need_summary) if row[1])
     return itertools.chain.from_iterable(parallel(encode, rows, 1024))
 
 

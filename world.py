@@ -388,20 +388,6 @@ def utility(post, summary, weights=None, contradiction=CONTRADICTION):
             - REPETITION * t["repetitions"] - OVERLENGTH * t["beyond"] - SALAD * t["unaccounted"])
 
 
-def full_continuation(post):
-    """A story continued as its style wants it, in the world's own words: three sentences of three kinds, which is what 24 tokens hold."""
-    return {"sentiment": "it made {who} very happy. {who} thanked {whom} for the {thing}. {who} won a prize at the {place}.",
-            "descriptiveness": "the {place} smelled of soap. the {thing} was blue and thin. the {thing} made a deep noise."
-            }[post["task"]].format(**post["facts"])
-
-
-def full_summary(post):
-    """The complete honest summary of a post in the world's own words: the judge's best."""
-    w = WORLDS[world_of(post)]
-    return (f"{w.tldr_who[0]} {{verb}} {w.object} {w.at} {{time}}. {w.tldr_feeling[0]} and {w.tldr_wish[0]}. {w.tldr_question[0]}"
-            ).format(**post["facts"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # labelers: people who see what the judge sees, make mistakes, and have habits
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, tiny_model
+from conftest import full_summary, random_rows, tiny_model
 
 import evaluation
 import world
@@ -194,7 +194,7 @@ def test_measure_reward_by_hand():
 def test_reward_margins_belong_to_their_comparisons(enc):
     """Catches margins, judge and labels of different comparisons in one row."""
     posts = world.make_posts(3, 1, "t")
-    texts = [[" cat", " " + world.full_summary(p), " my dog ate the cat bad dog ate", " good"] for p in posts]
+    texts = [[" cat", " " + full_summary(p), " my dog ate the cat bad dog ate", " good"] for p in posts]
     comparisons = [{"info": posts[i], "summaries": [{"text": texts[i][a]}, {"text": texts[i][b]}], "choice": choice,
                     "extra": {"confidence": k}} for k, (i, a, b, choice) in enumerate(
                         [(0, 0, 1, 1), (1, 2, 1, 0), (0, 2, 3, 0), (2, 1, 0, 1), (1, 0, 2, 1), (0, 3, 1, 1)])]
@@ -224,7 +224,7 @@ def policy_rows(change, n=40):
 
 def test_a_policy_that_is_the_reference_wins_half():
     """Catches ties that do not count one half, and a comparison with another post's reference."""
-    rows = policy_rows(lambda i, p: {"text": world.full_summary(p), "score": 1. if i % 4 else -1., "length": 36, "eos": i % 5 > 0})
+    rows = policy_rows(lambda i, p: {"text": full_summary(p), "score": 1. if i % 4 else -1., "length": 36, "eos": i % 5 > 0})
     out = measure_policies(rows)
     for name in ("reference", "same"):
         assert out[name]["gold_win_rate"] == out[name]["rm_win_rate"] == out[name]["gold_win_rate_length_controlled"] == .5
@@ -240,9 +240,9 @@ def test_a_policy_that_is_the_reference_wins_half():
 
 def test_win_rate_over_sft_by_hand():
     """Catches SFT's response taken for the reference's or another post's, and its own rate other than one half."""
-    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 4 else "cat"})
+    rows = policy_rows(lambda i, p: {"text": full_summary(p) if i % 4 else "cat"})
     for i, row in enumerate(rows):
-        row["policies"]["sft"] = row["policies"]["same"] | {"text": world.full_summary(row["post"]) if i < 4 else "cat cat"}
+        row["policies"]["sft"] = row["policies"]["same"] | {"text": full_summary(row["post"]) if i < 4 else "cat cat"}
     out = measure_policies(rows)
     assert out["sft"]["gold_win_rate_sft"] == .5 and out["sft"]["gold_win_rate_sft_ci"] == [.5, .5]
     assert out["other"]["gold_win_rate_sft"] == pytest.approx((1.5 + 36) / 40)  # of the first four a loss and three ties; then all won
@@ -267,7 +267,7 @@ def test_stories_are_judged_by_samples(enc, g):
 
 def test_the_table_controls_for_length():
     """Catches a table whose length-controlled rate is the raw one: here long summaries win and short ones mostly lose."""
-    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})
+    rows = policy_rows(lambda i, p: {"text": full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})
     w = [1.0 if i % 10 < 7 else 0.0 for i in range(40)]
     out = measure_policies(rows)["other"]
     assert out["gold_win_rate"] == pytest.approx(np.mean(w), abs=.05)
