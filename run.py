@@ -173,18 +173,22 @@ def preset(name, changes={}):
     return settings
 
 
-def check_together(s, real=False):
-    """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
-    check(s.collect.rounds == 1 or not real, "collect.rounds must be 1 with --comparisons: people have labelled")
+def check_together(s, files=False):
+    """What the settings of one stage ask of another's; files: comparisons come from a file, which will be checked itself."""
+    check(s.collect.rounds == 1 or not files, "collect.rounds must be 1 with --comparisons: people have labelled")
     check(not s.collect.online or s.collect.rounds <= s.ppo.iterations,
           "with collect.online, collect.rounds must not be above ppo.iterations")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
-    check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(files or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
-    check(real or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
+    check(files or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
           f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must say what ends a response, "
           "as in the preset ziegler")
+    check(not files or (s.data.world, s.data.news) == ("reddit", 0), "data.world and data.news are for the embedded world, not for files")
+    check(s.data.world == "reddit" or s.data.task == "tldr", f"data.world {s.data.world} goes with data.task tldr alone")
+    check(not s.data.filter or files and s.data.task not in real.CONTINUATIONS,
+          "data.filter must be false without --posts: it filters the posts of a file")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
@@ -630,7 +634,7 @@ def main():
     real.check_files(files, settings.data.task)
     if any(files.values()) and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
         raise DataError("--collect settings go with the labelers of the embedded world; in files people have labelled")
-    check_together(settings, real=any(files.values()))
+    check_together(settings, files=any(files.values()))
     run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.device, **files)
 
 
