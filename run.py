@@ -605,13 +605,16 @@ def run_pipeline(settings, seed, out, name, base=None, device="auto", until=None
         evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
-COMMANDS = {name: name for name in ("ablations", "figures", "summarize")}  # python run.py COMMAND: the module whose main(argv) it is
+COMMANDS = {  # python run.py COMMAND: the module whose main(argv) it is, and what it does
+    "ablations": "the papers' ablations, in one table", "figures": "every figure of the papers, with error bars",
+    "summarize": "a trained run summarizes a text of yours"}
 
 
 def main():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
+        return importlib.import_module(sys.argv[1]).main(sys.argv[2:])
     parser = Parser(__doc__)
+    parser.usage = "run.py [--OPTION VALUE ...]" + "".join(f"\n       run.py {name:9} ...  {what}" for name, what in COMMANDS.items())
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
     parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it; of "

@@ -1,4 +1,5 @@
 """End to end: the `test` preset goes through every stage in seconds; bad input ends in one sentence and status 2."""
+import importlib
 import json
 import os
 import shutil
@@ -152,6 +153,17 @@ def test_each_script_runs_alone(finished, tmp_path, name):
 def test_help(name):
     done = script(f"{name}.py", "--help")
     assert done.returncode == 0 and "References" in done.stdout or name == "run" and "--ppo.beta" in done.stdout
+
+
+def test_help_names_the_commands(monkeypatch, capsys):
+    """Catches a command that --help keeps to itself, or that no module has."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
+    with pytest.raises(SystemExit):
+        run.main()
+    usage = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(usage) == 4 and sorted(run.COMMANDS) == ["ablations", "figures", "summarize"]
+    for line, (name, what) in zip(usage[1:], run.COMMANDS.items()):
+        assert line.split()[:3] == ["run.py", name, "..."] and line.endswith(what) and callable(importlib.import_module(name).main)
 
 
 def test_another_configuration_is_refused_by_name(finished):
