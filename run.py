@@ -480,30 +480,40 @@ SHARED = {  # what each stage leaves behind
     "collect": ("comparisons.jsonl", "labelers.json"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}
 
 
+def depends_on(s):
+    """{stage: what its result depends on, beside the stages before it}: of a run's configuration a file, the seed, the settings of a stage
+    or one of them. s: the settings of all stages"""
+    later = ["reward", "ppo"]  # what made the policy that is sampled
+    return {
+        "data": ["model", "data", *real.FILES],
+        "pretrain": ["pretrain"],
+        "sft": ["sft", *(["seed", "collect", *later] if s["sft"]["choose"] == "reward" else [])],  # it is chosen after the reward model
+        # a sample ends by PPO's rule; without SFT it is drawn as in PPO; in later rounds PPO made the policy
+        "collect": ["seed", "collect", "ppo.stop_token", "ppo.truncate_after", *(["ppo.temperature"] if s["sft"]["epochs"] == 0 else []),
+                    *(later if s["collect"]["rounds"] > 1 else [])],
+        "reward": ["reward", *(["ppo.temperature"] if s["reward"]["normalise"] == "gain_bias" else [])],
+        "ppo": ["ppo"], "evaluation": ["evaluation"]}
+
+
 def same_stages(base, old, new):
     """Names of the stages that a run of configuration `new` would only repeat from the folder `base` of configuration `old`.
 
-    Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
-    serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its posts."""
-    a, b = old.get("settings", {}), new["settings"]
-    a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
-    few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
-    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in real.FILES):
+    Stage by stage until something differs that the stage depends on. Another seed shares the data, the language model and the SFT model
+    all the same: one base serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its
+    posts."""
+    s = {part: {**values, **old.get("settings", {}).get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}
+    old, names = {**old, "settings": s}, []  # a setting that the base did not know yet is what it is by default
+
+    def of(config, key):
+        part, _, name = key.partition(".")
+        of_part = config["settings"].get(part, config.get(part))
+        return of_part[name] if name else of_part
+
+    if any(s["collect"][key] < new["settings"]["collect"][key] for key in ("posts", "held_out_posts")):
         return []
-    differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
-    if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]) or \
-            b["sft"]["epochs"] == 0 and "temperature" in differ:
-        a = {**a, "collect": None}  # what is labelled ends by this rule; without SFT it is sampled as in PPO; in later rounds PPO made it
-    if b["reward"]["normalise"] == "gain_bias" and "temperature" in differ:
-        a = {**a, "reward": None}
-    if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
-        same = old.get("seed") == new["seed"] and all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo"))
-        a = a if same else {**a, "sft": None}
-    names = []
     for name, result, _ in STAGES:
-        if name != "data" and a.get(name) != b[name] or not os.path.exists(os.path.join(base, result)):
-            break
-        if old.get("seed") != new["seed"] and name == "collect":
+        differ = any(of(old, key) != of(new, key) for key in depends_on(new["settings"])[name])
+        if differ or not os.path.exists(os.path.join(base, result)):
             break
         names.append(name)
     return names
