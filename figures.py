@@ -308,19 +308,14 @@ TEST_WEAK, TEST_LONG = {"collect.posts": 8}, {"ppo.iterations": 2, "ppo.snapshot
 CURVES = ("gold", "labelers", "predicted", "utility", "score")
 
 
-def labeler_preference(labeler, post, text):
-    """P(a labeler prefers the text to the reference), without the luck of a draw: the mean over workers."""
-    return float(np.mean([1 / (1 + math.exp((labeler.worth(post, post["summary"], k) - labeler.worth(post, text, k)) / labeler.noise))
-                          for k in range(labeler.workers)]))
-
-
 def judged(labeler, posts, texts, scores, reference_scores):
     """What every curve is made of, per post: gold and labelers' preference over the reference, what the reward model predicts of it,
     E[σ(r - r_reference)] (Stiennon figure 5), gold utility and score."""
     utility = [world.utility(p, t) for p, t in zip(posts, texts)]
     predicted = 1 / (1 + np.exp(np.asarray(reference_scores) - np.asarray(scores)))
     return {"gold": wins(utility, [world.utility(p, p["summary"]) for p in posts]).tolist(), "predicted": predicted.tolist(),
-            "labelers": [labeler_preference(labeler, p, t) for p, t in zip(posts, texts)], "utility": utility, "score": list(scores)}
+            "labelers": [probes.preference(labeler, p, t, p["summary"]) for p, t in zip(posts, texts)],
+            "utility": utility, "score": list(scores)}
 
 
 def many_samples(lab, posts):
