@@ -11,9 +11,7 @@ Every arm is an ordinary run in OUT/PRESET-seedN/CHANGES that takes over what it
 one language model, SFT model and reward model per seed serve all arms that change PPO only. What is done is skipped; the same command
 goes on where it stopped.
 """
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -23,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 import world
-from data import DataError, decode_response, encode_query, write_atomic
-from evaluation import bootstrap_ci, print_table, read_samples, reward_margins, wins
-from reward import sample_responses, split_comparisons
+from data import DataError, write_atomic
+from evaluation import bootstrap_ci, greedy_texts, markdown_table, once, print_table, read_samples, reward_margins, save_csv, wins
+from reward import split_comparisons
 from run import preset, run_pipeline
 from sft import Parser, encode_posts, epoch_folder, evaluate_lm, load_model, open_run, pick_device, read_metrics
 
@@ -63,22 +61,15 @@ ABLATIONS = [
              [{"reward.epochs": 3}, *({"reward.group": False, "reward.epochs": n} for n in (1, 3))], "reward"),
     Ablation("sft-epochs", "InstructGPT 2022 §3.5, C.1", "held-out loss turns up after one epoch; the reward model's score and people's "
              "ratings rise for longer", [{"sft.epochs": 16, "sft.dropout": 0.2, "sft.choose": "reward"}], "sft"),
-    Ablation("batched-labels", "Ziegler 2019 §2.3, Stiennon 2020 §3.1", "labels on the latest policy's samples keep the reward model valid; "
-             "batched is simpler than online", [{"collect.rounds": 2}, {"collect.rounds": 2, "collect.online": True}]),
+    Ablation("batched-labels", "Ziegler 2019 §2.3, Stiennon 2020 §3.1", "labels on the latest policy's samples keep the reward model "
+             "valid; batched is simpler than online", [{"collect.rounds": 2}, {"collect.rounds": 2, "collect.online": True}]),
 ]
-QUICK = {"ppo.iterations": 2, "ppo.batch": 8, "ppo.ptx_ratio": 1, "reward.epochs": 2, "sft.epochs": 2, "collect.rounds": 2}  # at most so much with --quick
+QUICK = {"ppo.iterations": 2, "ppo.batch": 8, "ppo.ptx_ratio": 1, "reward.epochs": 2, "sft.epochs": 2,
+         "collect.rounds": 2}  # at most so much with --quick
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what the table says of an arm beside win rate, KL and length: (its folder, "sft" or "ppo", device) -> {column: number or list}
-
-def once(file, measure):
-    """What measure() says, or said to an earlier command."""
-    if not os.path.exists(file):
-        write_atomic(file, json.dumps(measure()))
-    with open(file) as f:
-        return json.load(f)
-
 
 def pretraining_loss(folder, policy, device):
     """The alignment tax: -log π per token on unfiltered posts that no model has seen, tokens weighted as in pretraining."""
@@ -132,8 +123,7 @@ def sft_epochs(folder, policy, device):
         references = [world.utility(p, p["summary"]) for p in posts]
         for epoch in chosen["losses"]:
             model = load_model(epoch_folder(os.path.join(folder, "sft"), epoch), device)
-            greedy = sample_responses(model, [encode_query(run.enc, p, run.Q) for p in posts], run.R, 0, None)
-            mine = [world.utility(p, decode_response(run.enc, ids)) for p, ids in zip(posts, greedy)]
+            mine = [world.utility(p, text) for p, text in zip(posts, greedy_texts(run, model, posts))]
             by_epoch.append(100 * float(wins(mine, references).mean()))
         return by_epoch
     return {"chosen epoch": float(chosen["epoch"]), "held-out loss by epoch": list(chosen["losses"].values()), "score by epoch":
@@ -198,7 +188,7 @@ def measure_arm(folder, policy, more, device):
     return {"wins": wins(mine, references), "KL": kl, "length": length} | (MEASURES[more](folder, policy, device) if more else {})
 
 
-def summarise(arm, default):
+def arm_row(arm, default):
     """One row of the table from {seed: measure_arm()} of an arm and of the default; a seed's arms are judged on the same posts.
 
     Rates and their differences are in percent; "sd" is the standard deviation over seeds. The difference to the default is a mean over
@@ -219,7 +209,7 @@ def summarise(arm, default):
 
 
 def table(out, ablation, quick, device):
-    """{arm: summarise()'s row} of all that is finished under `out`: SFT before PPO, the default, the arms. Empty where no arm is."""
+    """{arm: arm_row()'s row} of all that is finished under `out`: SFT before PPO, the default, the arms. Empty where no arm is."""
     seeds = {int(found[1]) for name in os.listdir(out) if (found := re.fullmatch(r".+-seed(\d+)", name))}
     measured = {}
     for name, changes, policy in [("SFT", {}, "sft"), ("default", {}, "ppo"), *((label(c), c, "ppo") for c in ablation.arms)]:
@@ -227,7 +217,7 @@ def table(out, ablation, quick, device):
         folders = {seed: os.path.join(out, f"{start}-seed{seed}", label(changes)) for seed in seeds}
         folders = {seed: folder for seed, folder in folders.items() if finished(folder, settings)}
         measured[name] = {seed: measure_arm(folder, policy, ablation.more, device) for seed, folder in folders.items()}
-    rows = {name: summarise(arm, measured["default"]) for name, arm in measured.items() if set(arm) & set(measured["default"])}
+    rows = {name: arm_row(arm, measured["default"]) for name, arm in measured.items() if set(arm) & set(measured["default"])}
     return rows if len(rows) > 2 else {}
 
 
@@ -248,18 +238,14 @@ def write_tables(out, shown, quick, device):
         body = [[name] + [text(row.get(key)) + (" ± " + text(row[key + " sd"], ".2g") if row.get(key + " sd") is not None else "")
                           for key in columns] for name, row in rows.items()]
         page += ["", f"## {a.name}", "", f"{a.source}: {a.found}.", ""]
-        page += ["| " + " | ".join(line) + " |" for line in [["arm"] + columns, ["---"] * (1 + len(columns)), *body]]
+        page += markdown_table(["arm"] + columns, body)
         lines += [{"ablation": a.name, "arm": name} | {key: text(row[key], "") for key in row if row[key] is not None}
                   for name, row in rows.items()]
         if a.name in shown:
             print(f"\n{a.name} ({a.source}: {a.found})")
             print_table(["arm"] + columns, body)
     write_atomic(os.path.join(out, "table.md"), "\n".join(page) + "\n")
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(os.path.join(out, "table.csv"), file.getvalue())
+    save_csv(os.path.join(out, "table.csv"), lines)
     print(f"\ntables in {os.path.join(out, 'table.md')} and {os.path.join(out, 'table.csv')}")
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data import MAX_TEXT, TASKS, DataError, comparisons_of, encode_query, encode_response, posts_of, read_lines
+from data import MAX_TEXT, TASKS, DataError, encode_query, encode_response, posts_of, read_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's choice among raw Reddit posts (Stiennon appendix A)
@@ -153,8 +153,8 @@ def excerpts(rows, enc, n, seed, task="sentiment", least=32):
 
 
 def held_out_text(rows):
-    """-> indices of the rows to train on, and of those to test on: a twentieth of the text. Stretches are counted in tokens, so that rows of
-    every length agree on what is held out; a row across an edge is in neither."""
+    """-> indices of the rows to train on, and of those to test on: a twentieth of the text. Stretches are counted in tokens, so that rows
+    of every length agree on what is held out; a row across an edge is in neither."""
     stretch = min(4096, max(1024, int(rows.stops[-1]) // 20))
     first, last = rows.starts // stretch, (rows.stops - 1) // stretch  # of the stretches 0, 1, 2, ..., every 20th from 1 on is held out
     untouched = (last + 19) // 20 == (first + 18) // 20  # as many held-out stretches up to the row's end as before its beginning
@@ -246,23 +246,13 @@ def stored_text(folder, paths, enc, T):
 
 def post_rows(path, enc, Q, R, task="tldr", need_summary=True):
     """Yield query, response, query, response, ... of the posts of a file, as load_posts returns them."""
-    return _encoded(enc, Q, R, ((at, post, [post["summary"]]) for at, post in posts_of(path, task, need_summary) if post))
-
-
-def comparison_rows(path, enc, Q, R, task="cnndm-transfer"):
-    """Yield query, response 0, response 1, query, ... of the comparisons of a file, as load_comparisons returns them."""
-    rows = comparisons_of(path, task)
-    return _encoded(enc, Q, R, ((at, row["info"], [s["text"] for s in row["summaries"]]) for at, row in rows if row))
-
-
-def _encoded(enc, Q, R, rows):
-    """rows (file:line, post, summaries) -> ids of the query, ids of each summary, and so on with the next row."""
     def encode(row):
-        at, post, summaries = row
+        at, post = row
         try:
-            return [encode_query(enc, post, Q)] + [encode_response(enc, s, R, post.get("task", "tldr")) for s in summaries]
+            return encode_query(enc, post, Q), encode_response(enc, post["summary"], R, post.get("task", "tldr"))
         except DataError as e:
             raise DataError(f"{at}: {e}") from None
+    rows = (row for row in posts_of(path, task, need_summary) if row[1])
     return itertools.chain.from_iterable(parallel(encode, rows, 1024))
 
 

@@ -112,7 +112,8 @@ SYMBOLS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerat
 
 def gpt2_encoding(folder=None):
     """GPT-2's encoding of 50,257 tokens from encoder.json (ids) and vocab.bpe (merges, in order) of a folder, or what
-    save_vocabulary left there; else from the cache, else downloaded there. Raises DataError where they are missing or do not belong together."""
+    save_vocabulary left there; else from the cache, else downloaded there. Raises DataError where they are missing or do not
+    belong together."""
     names = ("encoder.json", "vocab.bpe")
     if folder and os.path.exists(os.path.join(folder, "vocab.json")):  # the same two as transformers names them, and save_vocabulary
         names = ("vocab.json", "merges.txt")

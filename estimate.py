@@ -50,7 +50,8 @@ def stages(s, c, Q, R, sizes, device):
         part, tokens = getattr(s, name), sizes[name] * getattr(s, name).epochs / (1 - getattr(s, name).mix)
         rows = min(part.micro or part.batch, part.batch)
         predicted = T if part.query_weight else R
-        memory = trained + kept(c, rows, T, device, part.recompute) + 3 * min(2**27, 4 * rows * predicted * V)  # logits, softmax, gradient of a chunk
+        chunk = 3 * min(2**27, 4 * rows * predicted * V)  # its logits, softmax and gradient
+        memory = trained + kept(c, rows, T, device, part.recompute) + chunk
         out[name] = memory, (4 if part.recompute else 3) * forward_flops(c, tokens, T) + 3 * unembed * tokens * predicted / T
     half = 2 if choose_precision(device)[0] == torch.bfloat16 else 4
     cache = T * c.n_layer * 2 * c.n_embd * (4 if device == "cpu" else half)  # per row; model.generate steps in float32 on a CPU
@@ -140,7 +141,8 @@ def check_resources(s, c, Q, R, sizes, device, weights_given):
           + (f"; {free / GB:.1f} GB are free" if free else ""))
     for name, (memory, _) in needs.items():
         if free is not None and memory > free:
-            raise DataError(f"stage {name} needs about {memory / GB:.1f} GB of memory and {free / GB:.1f} GB are free; try {advice(name, s)}")
+            raise DataError(f"stage {name} needs about {memory / GB:.1f} GB of memory and {free / GB:.1f} GB are free; "
+                            f"try {advice(name, s)}")
 
 
 def show_time(seconds):

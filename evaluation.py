@@ -13,11 +13,11 @@ Every rate comes with its number of posts and a 95 % bootstrap interval over pos
 """
 import csv
 import gzip
+import io
 import json
 import lzma
 import math
 import os
-import re
 from collections import defaultdict
 
 import numpy as np
@@ -108,7 +108,7 @@ def elo(winners, losers):
 
 def lead3(post):
     """The first three sentences of the post: the baseline that is hard to beat."""
-    return " ".join(s for s in re.split(r"(?<=[.!?])\s+", post["post"].strip())[:3])
+    return " ".join(world.sentences(post["post"])[:3])
 
 
 def copy_fraction(summary, source):
@@ -128,22 +128,27 @@ def sentence_novelty(summary, source):
     """Share of the summary's sentences that do not stand in the source, blanks and case apart. (Ziegler, table of copying)"""
     def flat(text):
         return " ".join(text.lower().split())
-    sentences = [flat(s) for s in re.split(r"(?<=[.!?])\s+", summary.strip()) if s.strip()]
+    sentences = [flat(s) for s in world.sentences(summary) if s.strip()]
     return sum(s not in flat(source) for s in sentences) / max(1, len(sentences))
 
 
-def rouge(summaries, references):
-    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)} of as many summaries as references, by rouge-score.
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def rouge(summaries, references, kinds=ROUGE, stem=True):
+    """F1 of as many summaries as references, by rouge-score. -> [N, kinds]
 
     Lower case, Porter's stemmer, letters a to z and digits only, as this field reports it (ROUGE-1.5.5 -m). rougeL takes the whole text
     for one sentence: our highlights are joined by blanks, and then the summary-level rougeLsum is the same number."""
     from rouge_score.rouge_scorer import RougeScorer  # nltk comes with it: slow to import, and not every run has use for it
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = RougeScorer(list(kinds), use_stemmer=stem)
     pairs = tqdm(list(zip(summaries, references, strict=True)), desc="ROUGE", unit="text", leave=False, delay=2)
-    scores = [scorer.score(reference, summary) for summary, reference in pairs]
-    values = {name: [s[name].fmeasure for s in scores] for name in names}
-    return {name: (float(np.mean(f)), bootstrap_ci(f)) for name, f in values.items()}
+    return np.array([[s[kind].fmeasure for kind in kinds] for text, reference in pairs for s in [scorer.score(reference, text)]])
+
+
+def rouge_means(summaries, references):
+    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)}"""
+    return {kind: (float(np.mean(f)), bootstrap_ci(f)) for kind, f in zip(ROUGE, rouge(summaries, references).T)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +261,12 @@ def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of
     return rows
 
 
+def greedy_texts(run, policy, posts):
+    """One greedy summary per post."""
+    samples = sample_responses(policy, [encode_query(run.enc, p, run.Q) for p in posts], run.R, 0, torch.Generator())
+    return [decode_response(run.enc, ids) for ids in samples]
+
+
 def in_context_responses(enc, posts, examples, model, Q, R, generator):
     """Greedy zero-shot summaries behind examples, ended by a newline or EOS. -> [(text, whether it ended)], or None where the model's
     context has no room for even one example in front of some post. (Stiennon's zero-shot baseline)"""
@@ -327,7 +338,7 @@ def measure_policies(rows):
                 entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
         entry["rouge"] = None  # asked where no gold judge says more
         if not gold_known and name != "reference" and all(row["post"].get("summary") for row in rows):
-            entry["rouge"] = rouge([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
+            entry["rouge"] = rouge_means([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
         rm = wins([s["score"] for s in mine], [s["score"] for s in ref])
         kls = [s["kl"] for s in mine if s["kl"] is not None]
         out[name] = entry | {
@@ -343,6 +354,7 @@ def measure_policies(rows):
 # drawing and the report
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # Okabe and Ito: colour-blind safe
+PURPLE, SKY = "#CC79A7", "#56B4E9"
 LABELS = {"reference": "reference", "lead3": "lead-3", "pretrained": "pretrained\n(zero-shot)",
           "in_context": "pretrained\n(in context)", "sft": "SFT", "best_of_n": "best of n", "ppo": "PPO"}
 
@@ -365,6 +377,12 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
+def bar(ax, x, y, low, high, colour, width=.36, label=None):
+    """A bar with its interval."""
+    ax.bar(x, y, width, color=colour, label=label)
+    ax.errorbar(x, y, [[max(0, y - low)], [max(0, high - y)]], color="black", capsize=3, lw=1)
+
+
 def draw_win_rates(policies, path):
     """Bars of the share of posts on which each policy is preferred to the reference (Stiennon figure 1)."""
     names = [name for name in POLICIES if name in policies and name != "reference"]
@@ -374,9 +392,7 @@ def draw_win_rates(policies, path):
         sides.insert(0, ("gold_win_rate", BLUE, "by the gold judge"))
     for k, (key, colour, label) in enumerate(sides):
         for i, name in enumerate(names):
-            y, (lo, hi) = policies[name][key], policies[name][key + "_ci"]
-            ax.bar(i + .38 * k, y, .36, color=colour, label=label if i == 0 else None)
-            ax.errorbar(i + .38 * k, y, [[max(0, y - lo)], [max(0, hi - y)]], color="black", capsize=3, lw=1)
+            bar(ax, i + .38 * k, policies[name][key], *policies[name][key + "_ci"], colour, label=label if i == 0 else None)
     ax.axhline(.5, color=GREY, ls="--", lw=1)
     ax.set_xticks([i + .19 * (len(sides) - 1) for i in range(len(names))], [LABELS[n] for n in names])
     ax.set(ylabel="share of posts preferred\nto the reference", ylim=(0, 1.05))
@@ -494,17 +510,30 @@ def print_table(header, rows):
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
+def markdown_table(header, rows):
+    """-> lines"""
+    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+
+
 def over_sft(ppo):
     return "against what it began as (SFT), PPO wins {:.1%} of the posts by the gold judge ({:.1%} – {:.1%})".format(
         ppo["gold_win_rate_sft"], *ppo["gold_win_rate_sft_ci"])
+
+
+def save_csv(path, rows):
+    """Rows, each a dict, with one column for every key."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, file.getvalue())
 
 
 def save_table(folder, name, header, rows):
     """-> path of the CSV in the run's report/"""
     path = os.path.join(folder, "report", f"{name}.csv")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([header] + rows)
+    save_csv(path, [dict(zip(header, row)) for row in rows])
     return path
 
 
@@ -517,11 +546,10 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
            f"{'samples at the rollout temperature' if policies.get('lead3') is None else 'greedy decoding'}; "
            "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature."
            + (" ROUGE is F1 against the whole reference, by rouge-score with its stemmer; 95 % intervals." if "ROUGE-1" in header else "")
-           + ("" if "in_context" in policies or policies.get("lead3") is None else " The zero-shot baseline with examples in its context is "
-              "left out: in front of some post the language model's context has no room for one."),
-           *(["SFT is the language model itself: nothing was fine-tuned before PPO."] if not settings["settings"]["sft"]["epochs"] else []), "",
-           "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    out += ["| " + " | ".join(row) + " |" for row in rows]
+           + ("" if "in_context" in policies or policies.get("lead3") is None else " The zero-shot baseline with examples in its context "
+              "is left out: in front of some post the language model's context has no room for one."),
+           *([] if settings["settings"]["sft"]["epochs"] else ["SFT is the language model itself: nothing was fine-tuned before PPO."]), "",
+           *markdown_table(header, rows)]
     out += ["", over_sft(policies["ppo"])] if policies["ppo"]["gold_win_rate_sft"] is not None else []
     if bits:
         out += ["", "## Language model", "", *bits_text(bits)]
@@ -529,11 +557,12 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
-            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which their noise sets.")]
+            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which "
+            "their noise sets.")]
     if reward.get("labeler_agreement"):
         a = reward["labeler_agreement"]
-        out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with each "
-                   f"other {a['between_labelers']:.1%}.")
+        out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with "
+                   f"each other {a['between_labelers']:.1%}.")
     if reward["accuracy_ci"][0] <= reward["longer_wins"]:
         out += ["", "**Its interval reaches down to 'longer wins': on these labels it has not shown that it learned more than length.**"]
     out += ["", "![reward model](reward.png)", "", "## Training", "", "![losses](training.png)", "", "![PPO](ppo.png)", "",
@@ -542,7 +571,8 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             "## Samples", "", "The first five held-out posts, not chosen."]
     for row in samples[:5]:
         post = row["post"]
-        out += ["", f"**r/{post['subreddit']}: {post['title']}**" if post["title"] else f"**{post['id']}**", "", *("> " + line for line in post["post"][:1500].split("\n")), ""]
+        out += ["", f"**r/{post['subreddit']}: {post['title']}**" if post["title"] else f"**{post['id']}**", "",
+                *("> " + line for line in post["post"][:1500].split("\n")), ""]
         for name in [n for n in POLICIES if n in row["policies"]]:
             s = row["policies"][name]
             gold = f"; gold {world.utility(post, s['text']):.1f}" if "facts" in post else ""
@@ -550,6 +580,14 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             out.append(f"- *{LABELS[name]}* ({s['length']} tokens; RM {s['score']:.2f}{gold}): {text}".replace("\n", " "))
     out += ["", "## Time", "", ", ".join(f"{stage} {t:.0f} s" for stage, t in seconds.items()) + "."]
     return "\n".join(out) + "\n"
+
+
+def once(file, measure):
+    """What measure() says, or said to an earlier command."""
+    if not os.path.exists(file):
+        write_atomic(file, json.dumps(measure()))
+    with open(file) as f:
+        return json.load(f)
 
 
 def read_samples(folder):
@@ -624,7 +662,8 @@ def judge_policy(folder, policy_folder, device):
     policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
-    responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop, samples[0]["post"].get("task") not in world.STYLES)
+    responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop,
+                                      samples[0]["post"].get("task") not in world.STYLES)
     for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
     return samples
@@ -657,11 +696,12 @@ def judge_posts(folder, file, task, device):
                               pick_examples(run.enc, examples))
     os.makedirs(os.path.join(folder, "evaluation"), exist_ok=True)
     save_json_lines(os.path.join(folder, "evaluation", f"{stem(file)}-{task}.jsonl"), samples)
-    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; ROUGE is F1, stemmed")
+    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; "
+          "ROUGE is F1, stemmed")
     show_table(folder, f"{stem(file)}-{task}", *table_rows(measure_policies(samples)))
 
 
-def measure_axes(evaluations):
+def axis_means(evaluations):
     """{policy: {axis: {"mean", "ci", "n"}}} of load_axis's evaluations: 1 to 7, or the share of yes. Intervals draw whole posts."""
     answers = defaultdict(lambda: defaultdict(list))
     for row in evaluations:
@@ -675,10 +715,11 @@ def judge_axes(folder, file):
     """Likert evaluations in OpenAI's format: table and report/FILE-axes.csv."""
     open_run(folder)
     evaluations, skipped = load_axis(file)
-    measured = measure_axes(evaluations)
+    measured = axis_means(evaluations)
     names = sorted({axis for axes in measured.values() for axis in axes}, key=lambda axis: (axis != "overall", axis))
-    rows = [[policy, str(max(a["n"] for a in axes.values()))] + [with_interval((axes[name]["mean"], axes[name]["ci"]) if name in axes else None, ".2f")
-                                                               for name in names] for policy, axes in measured.items()]
+    rows = [[policy, str(max(a["n"] for a in axes.values())),
+             *(with_interval((axes[name]["mean"], axes[name]["ci"]) if name in axes else None, ".2f") for name in names)]
+            for policy, axes in measured.items()]
     print(f"{file}: {len(evaluations)} evaluations, {skipped} more skipped because a text or all answers are missing; intervals over posts")
     show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
 

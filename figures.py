@@ -13,7 +13,6 @@ References: Stiennon 2020 §4 and appendix G; Gao, Schulman & Hilton 2022 (funct
 """
 import base64
 import contextlib
-import csv
 import dataclasses
 import html
 import json
@@ -27,14 +26,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from rouge_score import rouge_scorer
 from safetensors import safe_open
 
 import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, best_of_n_estimate, best_of_n_kl, draw_curves, lead3,
-                        PPO_CURVES, length_controlled_win_rate, new_figure, read_samples, reward_margins, sampled_kl, save_figure, trained_by, wins)
+from estimate import show_time
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, RED, bar, best_of_n_estimate, best_of_n_kl, draw_curves,
+                        greedy_texts, lead3, length_controlled_win_rate, markdown_table, new_figure, once, read_samples, reward_margins,
+                        rouge, sampled_kl, save_csv, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
 from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
@@ -43,7 +43,6 @@ from sft import Parser, load_model, open_run, pick_device, read_metrics, run_mai
 # draw(measured, path) from that alone; caption(measured) -> text; minutes it takes of two cores once its bases are there
 Figure = namedtuple("Figure", "name title measure draw caption minutes")
 
-PINK = "#CC79A7"  # one more of Okabe and Ito's
 SIZES = {"small": 0.5, "medium": 0.75, "default": 1.0}  # share of the preset's width and depth; nothing is larger, for time
 QUICK = {"data.pretrain": 4000, "collect.posts": 300, "collect.held_out_posts": 100, "data.test": 100, "ppo.iterations": 8,
          "evaluation.best_of": 1}
@@ -70,15 +69,9 @@ def make_lab(out, seeds=(1, 2, 3), quick=False, preset_name="tiny", device="auto
 
 def lab_settings(lab, size, changes):
     """The lab's preset at this size with these changes, validated."""
-    settings, scale = preset(lab.preset), SIZES[size]
-    m = settings.model
+    m, scale = preset(lab.preset).model, SIZES[size]
     shape = {"model.n_layer": max(1, round(scale * m.n_layer)), "model.n_embd": round(scale * m.n_embd)}
-    for key, value in (shape | lab.changes | changes).items():
-        stage, setting = key.split(".")
-        setattr(settings, stage, dataclasses.replace(getattr(settings, stage), **{setting: value}))
-    for part in vars(settings).values():
-        part.validate()
-    return settings
+    return preset(lab.preset, shape | lab.changes | changes)
 
 
 def make(lab, name, until, seed, size, changes, base=None):
@@ -129,21 +122,16 @@ def mean_ci(values, draws=2000, seed=0):
     return float(values.mean()), [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
-def row_of(name, values):
-    """{name, name_low, name_high}: mean_ci as columns of a table."""
-    mean, (low, high) = mean_ci(values)
-    return {name: mean, name + "_low": low, name + "_high": high}
+def row_of(values):
+    """{name, name_low, name_high: mean_ci} of each of values, {name: [seeds, posts]}, as columns of a table."""
+    row = {}
+    for name, of_seeds in values.items():
+        row[name], (row[name + "_low"], row[name + "_high"]) = mean_ci(of_seeds)
+    return row
 
 
 def percent(row, name):
     return f"{row[name]:.0%} ({row[name + '_low']:.0%} to {row[name + '_high']:.0%})"
-
-
-def bar(ax, x, row, name, colour, width=.36, label=None):
-    """A bar with its interval."""
-    y = row[name]
-    ax.bar(x, y, width, color=colour, label=label)
-    ax.errorbar(x, y, [[max(0, y - row[name + "_low"])], [max(0, row[name + "_high"] - y)]], color="black", capsize=3, lw=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +155,7 @@ def measure_preference(lab):
                 gold.append(wins(u, v))
                 ratio.append([math.log(a["length"] / b["length"]) for a, b in zip(mine, reference)])
             controlled = [length_controlled_win_rate(w, x) for w, x in zip(gold, ratio)]
-            rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of("preferred", gold),
+            rows.append({"size": size, "parameters": read_size(lab.base(size)), "policy": policy, **row_of({"preferred": gold}),
                          "equal_length": float(np.mean(controlled)), "equal_length_lowest": min(controlled),
                          "equal_length_highest": max(controlled), "length_ratio": float(np.exp(np.mean(ratio))),
                          "posts": len(runs[0]), "seeds": len(runs)})
@@ -205,9 +193,9 @@ def caption_preference(measured):
             "with size; only human feedback passes 50 % (61 % at 1.3B, about 70 % at 6.7B, some 5 points less at equal length). Ours, "
             f"largest size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} "
             f"and {ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} "
-            f"seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over {probes.over(facts)} on the left, lowest and highest seed "
-            f"on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one SFT "
-            "model per size.")
+            f"seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over {probes.over(facts)} on the left, lowest and highest "
+            f"seed on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one "
+            "SFT model per size.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,9 +208,7 @@ def measure_axes(lab):
     runs, rows = [read_samples(lab.finished(seed)) for seed in lab.seeds], []
     for policy in ("reference", "lead3", "pretrained", "sft", "ppo"):
         marks = [[world.axes(row["post"], row["policies"][policy]["text"]) for row in samples] for samples in runs]
-        row = {"policy": policy}
-        for axis in AXES:
-            row |= row_of(axis, [[m[axis] for m in of_run] for of_run in marks])
+        row = {"policy": policy} | row_of({axis: [[m[axis] for m in of_run] for of_run in marks] for axis in AXES})
         top = np.mean([[m["overall"] >= 6.5 for m in of_run] for of_run in marks])
         rows.append(row | {"overall_at_least_6_5": float(top), "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"axes": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
@@ -231,9 +217,10 @@ def measure_axes(lab):
 def draw_axes(measured, path):
     rows = measured["tables"]["axes"]
     figure, ((ax,),) = new_figure(width=8)
-    for k, (row, colour) in enumerate(zip(rows, (GREEN, PINK, GREY, ORANGE, BLUE))):
+    for k, (row, colour) in enumerate(zip(rows, (GREEN, PURPLE, GREY, ORANGE, BLUE))):
         for i, axis in enumerate(AXES):
-            bar(ax, i + .17 * (k - 2), row, axis, colour, .16, LABELS[row["policy"]].replace("\n", " ") if i == 0 else None)
+            bar(ax, i + .17 * (k - 2), *(row[axis + end] for end in ("", "_low", "_high")), colour, .16,
+                LABELS[row["policy"]].replace("\n", " ") if i == 0 else None)
     ax.set_xticks(range(len(AXES)), AXES)
     ax.set(ylabel="mean mark (1 to 7)", ylim=(1, 7.2))
     ax.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(.5, 1), columnspacing=1, handlelength=1)
@@ -248,8 +235,8 @@ def caption_axes(measured):
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT "
             f"{rows['sft']['overall_at_least_6_5']:.0%}, reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: "
             f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over "
-            f"{probes.over(facts)}. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how much there was "
-            "to gain: who writes the world's own sentences is coherent to the judge.")
+            f"{probes.over(facts)}. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how "
+            "much there was to gain: who writes the world's own sentences is coherent to the judge.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,8 +250,7 @@ def measure_transfer(lab):
     test = away.posts["test"]
 
     def greedy(run, folder):
-        queries, generator = [encode_query(run.enc, p, run.Q) for p in test], torch.Generator().manual_seed(0)
-        return [decode_response(run.enc, r) for r in sample_responses(load_model(folder, device), queries, run.R, 0, generator)]
+        return greedy_texts(run, load_model(folder, device), test)
 
     texts = {"reference": [[p["summary"] for p in test]], "lead3": [[lead3(p) for p in test]],
              **{name: [greedy(home, os.path.join(home.folder, name))] for name in ("pretrained", "sft")},
@@ -273,15 +259,14 @@ def measure_transfer(lab):
     rows = []
     for policy, of_seed in texts.items():
         marks = [[world.axes(p, text) for p, text in zip(test, of_run)] for of_run in of_seed]
-        row = {"policy": policy, "words": float(np.mean([len(t.split()) for of_run in of_seed for t in of_run]))}
-        for axis in AXES:
-            row |= row_of(axis, [[m[axis] for m in of_run] for of_run in marks])
-        rows.append(row | {"posts": len(test), "seeds": len(of_seed)})
+        rows.append({"policy": policy, "words": float(np.mean([len(t.split()) for of_run in of_seed for t in of_run])),
+                     **row_of({axis: [[m[axis] for m in of_run] for of_run in marks] for axis in AXES}),
+                     "posts": len(test), "seeds": len(of_seed)})
     facts = {"posts": len(test), "seeds": len(lab.seeds), "news": read["data.news"], "parameters": read_size(home.folder)}
     return {"tables": {"transfer": rows}, "facts": facts}
 
 
-TRANSFER = {"reference": ("reference", GREEN, "s"), "lead3": ("lead-3", PINK, "D"), "pretrained": ("pretrained", GREY, "v"),
+TRANSFER = {"reference": ("reference", GREEN, "s"), "lead3": ("lead-3", PURPLE, "D"), "pretrained": ("pretrained", GREY, "v"),
             "sft": ("SFT on the first world", ORANGE, "^"), "ppo": ("PPO on the first world", BLUE, "o"),
             "news_sft": ("SFT on news", RED, "P")}  # policy: label, colour, marker
 
@@ -323,36 +308,30 @@ TEST_WEAK, TEST_LONG = {"collect.posts": 8}, {"ppo.iterations": 2, "ppo.snapshot
 CURVES = ("gold", "labelers", "predicted", "utility", "score")
 
 
-def labeler_preference(labeler, post, text):
-    """P(a labeler prefers the text to the reference), without the luck of a draw: the mean over workers."""
-    return float(np.mean([1 / (1 + math.exp((labeler.worth(post, post["summary"], k) - labeler.worth(post, text, k)) / labeler.noise))
-                          for k in range(labeler.workers)]))
-
-
 def judged(labeler, posts, texts, scores, reference_scores):
     """What every curve is made of, per post: gold and labelers' preference over the reference, what the reward model predicts of it,
     E[σ(r - r_reference)] (Stiennon figure 5), gold utility and score."""
     utility = [world.utility(p, t) for p, t in zip(posts, texts)]
     predicted = 1 / (1 + np.exp(np.asarray(reference_scores) - np.asarray(scores)))
     return {"gold": wins(utility, [world.utility(p, p["summary"]) for p in posts]).tolist(), "predicted": predicted.tolist(),
-            "labelers": [labeler_preference(labeler, p, t) for p, t in zip(posts, texts)], "utility": utility, "score": list(scores)}
+            "labelers": [probes.preference(labeler, p, t, p["summary"]) for p, t in zip(posts, texts)],
+            "utility": utility, "score": list(scores)}
 
 
 def many_samples(lab, posts):
     """64 samples of the default size's SFT model for each post, made once. -> texts[post][sample]"""
     run, n = open_run(lab.base()), 8 if lab.preset == "test" else 16 if lab.quick else 64
-    file = os.path.join(lab.out, "runs", f"default-{len(posts)}x{n}.json")
-    if not os.path.exists(file):
+
+    def texts():
         queries, temperature = [encode_query(run.enc, p, run.Q) for p in posts], run.config["settings"]["ppo"]["temperature"]
         policy = load_model(os.path.join(run.folder, "sft"), pick_device(lab.device))
         responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(0), n)
-        texts = [decode_response(run.enc, r) for r in responses]
-        write_atomic(file, json.dumps([texts[i * n:(i + 1) * n] for i in range(len(posts))]))
-    with open(file) as f:
-        return json.load(f)
+        flat = [decode_response(run.enc, r) for r in responses]
+        return [flat[i * n:(i + 1) * n] for i in range(len(posts))]
+    return once(os.path.join(lab.out, "runs", f"default-{len(posts)}x{n}.json"), texts)
 
 
-def score_texts(run, folder, posts, texts, device):
+def score_samples(run, folder, posts, texts, device):
     """Scores of the reward model in a folder. texts[post][sample] -> [post][sample]"""
     queries = [encode_query(run.enc, p, run.Q) for p in posts]
     responses = [encode_response(run.enc, t, run.R) for of_post in texts for t in of_post]
@@ -390,30 +369,28 @@ def measure_overoptimization(lab):
         folder = lab.finished(seed, until="ppo", **weak, **long)
         run = open_run(folder)
         settings, temperature = run.config["settings"]["collect"], run.config["settings"]["ppo"]["temperature"]
-        labeler = world.Labeler(noise=settings["noise"], seed=seed)
+        labeler = probes.labeler_of(run)
         posts = run.posts["test"][:100 if lab.quick else 250]
         queries, reward = [encode_query(run.enc, p, run.Q) for p in posts], os.path.join(folder, "reward")
-        reference_scores = [s for s, in score_texts(run, reward, posts, [[p["summary"]] for p in posts], device)]
+        reference_scores = [s for s, in score_samples(run, reward, posts, [[p["summary"]] for p in posts], device)]
         sft = load_model(os.path.join(folder, "sft"), device)
         for iteration in range(0, long["ppo.iterations"] + 1, long["ppo.snapshots"]):
             policy = load_model(os.path.join(folder, "ppo", f"iteration-{iteration}"), device) if iteration else sft
             samples = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(iteration))
             texts = [decode_response(run.enc, r) for r in samples]
-            scores = [s for s, in score_texts(run, reward, posts, [[t] for t in texts], device)]
+            scores = [s for s, in score_samples(run, reward, posts, [[t] for t in texts], device)]
             marks = judged(labeler, posts, texts, scores, reference_scores)
             marks["kl"] = sampled_kl(policy, sft, queries, samples, temperature) if iteration else [0.0] * len(posts)
             of_iteration.setdefault(iteration, []).append(marks)
             per_seed.append({"seed": seed, "iteration": iteration, **{key: float(np.mean(v)) for key, v in marks.items()}})
         fewer = posts[:len(posts) * 2 // 5]
         many = many_samples(lab, fewer)
-        scores = score_texts(run, reward, fewer, many, device)
+        scores = score_samples(run, reward, fewer, many, device)
         marks = [judged(labeler, [p] * len(texts), texts, s, r) for p, texts, s, r in zip(fewer, many, scores, reference_scores)]
         for n in powers_of_2(len(many[0])):
             of_n.setdefault(n, []).append({key: [best_of_n_estimate(s, m[key], n) for s, m in zip(scores, marks)] for key in CURVES})
-    ppo = [{"iteration": i, **{k: v for key in ("kl", *CURVES) for k, v in row_of(key, [m[key] for m in marks]).items()}}
-           for i, marks in of_iteration.items()]
-    best_of_n = [{"n": n, "kl": best_of_n_kl(n), **{k: v for key in CURVES for k, v in row_of(key, [m[key] for m in marks]).items()}}
-                 for n, marks in of_n.items()]
+    ppo = [{"iteration": i, **row_of({key: [m[key] for m in marks] for key in ("kl", *CURVES)})} for i, marks in of_iteration.items()]
+    best_of_n = [{"n": n, "kl": best_of_n_kl(n), **row_of({key: [m[key] for m in marks] for key in CURVES})} for n, marks in of_n.items()]
     fits = []
     for curve, rows in (("ppo", ppo), ("best_of_n", best_of_n)):
         far = [r for r in rows[1:] if r["kl"] > .1]  # Gao does not trust the forms near 0; log d needs d > 0
@@ -564,17 +541,17 @@ def caption_reward_scaling(measured):
 def measure_best_of_n(lab):
     device, run, weak = pick_device(lab.device), open_run(lab.base()), TEST_WEAK if lab.preset == "test" else WEAK
     posts = run.posts["test"][:40 if lab.quick else 100]
-    many, rouge = many_samples(lab, posts), rouge_scorer.RougeScorer(["rougeL"])
+    many = many_samples(lab, posts)
     utility = [[world.utility(p, t) for t in texts] for p, texts in zip(posts, many)]
     gold = [wins(u, world.utility(p, p["summary"])).tolist() for p, u in zip(posts, utility)]
     proxies = {"reward model": [], "earlier reward model": [], "smaller reward model": [], "gold judge": [utility],
-               "ROUGE-L": [[[rouge.score(p["summary"], t)["rougeL"].fmeasure for t in texts] for p, texts in zip(posts, many)]]}
+               "ROUGE-L": [[rouge(texts, [p["summary"]] * len(texts), ["rougeL"], stem=False)[:, 0] for p, texts in zip(posts, many)]]}
     for seed in lab.seeds:
         for name, folder in (("reward model", lab.labelled(seed)), ("earlier reward model", lab.labelled(seed, **weak)),
                              ("smaller reward model", lab.labelled(seed, "small"))):
-            proxies[name].append(score_texts(open_run(folder), os.path.join(folder, "reward"), posts, many, device))
+            proxies[name].append(score_samples(open_run(folder), os.path.join(folder, "reward"), posts, many, device))
     rows = [{"by": name, "n": n, "kl": best_of_n_kl(n), "posts": len(posts), "seeds": len(of_seed),
-             **row_of("gold", [[best_of_n_estimate(s, g, n) for s, g in zip(scores, gold)] for scores in of_seed])}
+             **row_of({"gold": [[best_of_n_estimate(s, g, n) for s, g in zip(scores, gold)] for scores in of_seed]})}
             for name, of_seed in proxies.items() for n in powers_of_2(len(many[0]))]
     return {"tables": {"best_of_n": rows}, "facts": {"posts": len(posts), "samples": len(many[0]), "seeds": len(lab.seeds)}}
 
@@ -582,7 +559,7 @@ def measure_best_of_n(lab):
 def draw_best_of_n(measured, path):
     rows = measured["tables"]["best_of_n"]
     figure, ((ax,),) = new_figure(width=6.6, height=3.8)
-    styles = {"gold judge": (GREEN, "--", "D"), "reward model": (BLUE, "-", "o"), "earlier reward model": (PINK, "-", "v"),
+    styles = {"gold judge": (GREEN, "--", "D"), "reward model": (BLUE, "-", "o"), "earlier reward model": (PURPLE, "-", "v"),
               "smaller reward model": (ORANGE, "-", "^"), "ROUGE-L": (RED, ":", "s")}
     for name, (colour, style, marker) in styles.items():
         x, y, low, high = ([r[k] for r in rows if r["by"] == name] for k in ("n", "gold", "gold_low", "gold_high"))
@@ -618,7 +595,8 @@ def measure_curves(lab):
     for key, _ in PPO_CURVES:
         for step in range(len(logs[0])):
             values = [log[step][key] for log in logs]
-            rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values), "seeds": len(values)})
+            rows.append({"curve": key, "step": step, "mean": float(np.mean(values)), "low": min(values), "high": max(values),
+                         "seeds": len(values)})
     return {"tables": {"curves": rows}, "facts": {"seeds": len(logs), "iterations": len(logs[0]),
                                                "trained_by": trained_by(open_run(folders[0]).config)}}
 
@@ -687,12 +665,7 @@ def stages_into(path):
 
 def save_tables(out, name, tables):
     for table, rows in tables.items():
-        path = os.path.join(out, f"{name}-{table}.csv")
-        with open(path + ".tmp", "w", newline="") as f:
-            writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(path + ".tmp", path)
+        save_csv(os.path.join(out, f"{name}-{table}.csv"), rows)
 
 
 def save_drawn(out, figure, measured):
@@ -732,8 +705,7 @@ def report(out, done):
         for table, rows in measured["tables"].items():
             header = list(dict.fromkeys(key for row in rows for key in row))
             cells = [[cell(row.get(key)) for key in header] for row in rows]
-            markdown += [f"`{figure.name}-{table}.csv`", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-            markdown += ["| " + " | ".join(row) + " |" for row in cells] + [""]
+            markdown += [f"`{figure.name}-{table}.csv`", "", *markdown_table(header, cells), ""]
             page += [f"<details><summary>{figure.name}-{table}.csv, {len(rows)} rows</summary><div><table><tr>"
                      + "".join(f"<th>{html.escape(key)}</th>" for key in header) + "</tr>"
                      + "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells)
@@ -755,10 +727,6 @@ FIGURES
 """
 
 
-def minutes(seconds):
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
 def open_lab_folder(out, config):
     """Make the folder, or check that it was made with the same options."""
     file = os.path.join(out, "lab.json")
@@ -778,8 +746,8 @@ def command(argv):
     parser.add_argument("--quick", action="store_true", help="small data and one seed: shows the machinery, not the findings")
     parser.add_argument("--seeds", help="seeds of comparisons, reward model and PPO (default 1,2,3; with --quick 1)")
     parser.add_argument("--out", help="folder of the figures (default out/figures, with --quick out/figures-quick)")
-    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size; its seed "
-                        "must be the first of --seeds")
+    parser.add_argument("--base", help="folder of an earlier run of `python run.py`: its pretrained and SFT model serve the default size; "
+                        "its seed must be the first of --seeds")
     parser.add_argument("--preset", choices=("tiny", "test"), default="tiny", help="preset of the runs; test is for tests")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
@@ -809,7 +777,7 @@ def draw_all(lab, figures):
         measured = load_measured(lab.out, figure.name)
         if measured is None:
             pace = spent / planned if planned else 60 * (0.2 if lab.quick else 1)
-            say(f"[{number}/{len(figures)}] {figure.name}: {figure.title}; about {minutes(left * pace)} for all that is left")
+            say(f"[{number}/{len(figures)}] {figure.name}: {figure.title}; about {show_time(left * pace)} for all that is left")
             began = time.time()
             with stages_into(os.path.join(lab.out, "log.txt")):
                 measured = figure.measure(lab)
@@ -825,7 +793,7 @@ def draw_all(lab, figures):
         if not os.path.exists(os.path.join(lab.out, figure.name + ".png")):  # an earlier command was stopped between the two
             save_drawn(lab.out, figure, measured)
     report(lab.out, done)
-    say(f"report in {os.path.join(lab.out, 'report.html')}, {minutes(spent)}")
+    say(f"report in {os.path.join(lab.out, 'report.html')}, {show_time(spent)}")
 
 
 def main(argv):

@@ -103,7 +103,8 @@ def masked_mean(x, mask):
 def shaped_rewards(score, logprobs, ref_logprobs, mask, beta):
     """r_t = -β (log π(y_t) - log π_ref(y_t)) + 1[t = last] score.  (Stiennon §3.4, Ziegler eq. 2)
 
-    score [B], the others [B, R] -> [B, R]. Summed over a row: score - β·k1. A reward, not a loss: rollout() takes no gradient through it."""
+    score [B], the others [B, R] -> [B, R]. Summed over a row: score - β·k1. A reward, not a loss: rollout() takes no gradient
+    through it."""
     mask = mask.bool()
     rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0)
     last = mask.sum(1) - 1
@@ -445,7 +446,8 @@ def train_ppo(folder_of_run, enc, posts, Q, R, s, folder, seed, device, save_eve
         texts = [decode_response(enc, r.tokens[i, q:n].tolist()) for i, (q, n) in enumerate(zip(r.query_lengths, r.lengths))]
         spread = masked_mean((r.returns - masked_mean(r.returns, r.mask)) ** 2, r.mask).item()
         log.write(iteration, score=r.score.mean().item(), kl=r.kl.mean().item(), kl_k1=k1, kl_k3=k3, beta=controller.beta,
-                  entropy=r.entropy.item(), sampler_gap=r.sampler_gap.item(), length=r.mask.sum(1).float().mean().item(), no_eos=r.no_eos.float().mean().item(),
+                  entropy=r.entropy.item(), sampler_gap=r.sampler_gap.item(), length=r.mask.sum(1).float().mean().item(),
+                  no_eos=r.no_eos.float().mean().item(),
                   explained_variance=1 - masked_mean((r.values - r.returns) ** 2, r.mask).item() / max(spread, 1e-8),
                   gold=mean_utility([posts[i] for i in rows], texts),
                   tokens_per_second=int(r.mask.sum()) / (time.time() - began), **stats)

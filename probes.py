@@ -23,8 +23,8 @@ import torch
 
 import world
 from data import decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, RED, copy_fraction, elo, lead3, new_figure, read_samples,
-                        save_figure, sentence_novelty, wins)
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, copy_fraction, elo, greedy_texts, lead3, new_figure,
+                        read_samples, rouge, save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
 from sft import SFTSettings, load_model, open_run, pick_device, train_lm
 
@@ -156,10 +156,6 @@ def reverse_roles(rng, post, text):
     return (text, text.replace(match.group(), "{2} {1} {0}".format(*match.groups()), 1)) if match else None
 
 
-def sentences(text):
-    return re.split(r"(?<=[.!?])\s+", text.strip())
-
-
 def shuffle(parts, rng):
     """Another order than the given one; None where there is none."""
     for _ in range(20):
@@ -173,7 +169,7 @@ def text_probes(post, other, texts, rng):
 
     A probe is left out where the text offers no occasion for it, and an edit where the gold judge does not think it an improvement."""
     ref, sample, lead, title = texts["reference"], texts["sample"], lead3(post), post["title"]
-    story = sentences(post["post"])
+    story = world.sentences(post["post"])
     three = " ".join(story[i] for i in sorted(rng.sample(range(len(story)), min(3, len(story)))))
     stranger = rng.choice([d for d in world.DISTRACTORS if "{time2}" not in d])
     irrelevant = stranger.format(**{slot + "2": another(rng, slot, post["facts"][slot]) for slot in world.SLOTS})
@@ -182,8 +178,9 @@ def text_probes(post, other, texts, rng):
     pairs = {name: edit(rng, post, sample) for name, edit in edits.items()} | {"roles not reversed": reverse_roles(rng, post, ref)}
     pairs = {name: p for name, p in pairs.items() if p and world.utility(post, p[0]) > world.utility(post, p[1])}
     pairs |= {"empty phrase dropped": drop_filler(rng, post, sample),
-              "words not shuffled": (ref, shuffle(ref.split(), rng)), "lead-3 not shuffled": (lead, shuffle(sentences(lead), rng)),
-              "rand-3 not shuffled": (three, shuffle(sentences(three), rng)), "nothing irrelevant appended": (ref, f"{ref} {irrelevant}"),
+              "words not shuffled": (ref, shuffle(ref.split(), rng)), "lead-3 not shuffled": (lead, shuffle(world.sentences(lead), rng)),
+              "rand-3 not shuffled": (three, shuffle(world.sentences(three), rng)),
+              "nothing irrelevant appended": (ref, f"{ref} {irrelevant}"),
               '"what should i do?" not appended': (ref, f"{ref} what should i do?"), "title, not another post's": (title, other["title"]),
               "title once, not twice": (title, f"{title} {title}"), "reference, not title": (ref, title),
               "reference, not lead-3": (ref, lead), "reference, not rand-3": (ref, three)}
@@ -255,13 +252,6 @@ def mean_logprobs(run, policy, asked, batch=64):
     return np.array(out)
 
 
-def rouge(texts, references, kinds=("rougeL",)):
-    """F1 of rouge-score, stemmed -> [N, kinds]"""
-    from rouge_score.rouge_scorer import RougeScorer
-    scorer = RougeScorer(list(kinds), use_stemmer=True)
-    return np.array([[s[k].fmeasure for k in kinds] for t, r in zip(texts, references) for s in [scorer.score(r, t)]])
-
-
 def people_signs(run, pairs):
     """{who: signs [N]}: +1 where a labeler prefers the first of (post, a, b), -1 the second; with a prime: the same people asked again."""
     own, strangers, three = labeler_of(run), labeler_of(run, run.config["seed"] + STRANGERS), labeler_of(run)
@@ -283,7 +273,7 @@ def judge_pairs(run, pairs, sft, reward_models):
     signs["gold judge"] = sign(lambda side: [world.utility(*x) for x in side])
     signs["length"] = sign(lambda side: [len(text.split()) for _, text in side])
     signs["copying"] = sign(lambda side: [copy_fraction(text, post["post"]) for post, text in side])
-    signs["ROUGE-L"] = sign(lambda side: rouge([t for _, t in side], [p["summary"] for p, _ in side])[:, 0])
+    signs["ROUGE-L"] = sign(lambda side: rouge([t for _, t in side], [p["summary"] for p, _ in side], ["rougeL"])[:, 0])
     signs["log π SFT"] = sign(lambda side: mean_logprobs(run, sft, side))
     for name, model in reward_models.items():
         signs[name] = sign(lambda side: score_texts(run, model, side))
@@ -409,12 +399,6 @@ def train_supervised(run, rows, out, device, epochs=1):
         sft, first = load_model(os.path.join(run.folder, "sft"), device), [x[:100] for x in data]
         train_lm(sft, data, first, settings, out, run.config["seed"], name="supervised")
     return load_model(out, device)
-
-
-def greedy_texts(run, policy, posts):
-    """One greedy summary per post."""
-    samples = sample_responses(policy, [encode_query(run.enc, p, run.Q) for p in posts], run.R, 0, generator_of(run))
-    return [decode_response(run.enc, ids) for ids in samples]
 
 
 def win_units(policies, posts, judges, seed):
@@ -619,9 +603,6 @@ def measure_ladder(lab):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # drawing, from measured rows alone
-
-PURPLE, SKY = "#CC79A7", "#56B4E9"  # of Okabe and Ito's colours too
-
 
 def percent_axis(ax, which="x"):
     axis = ax.xaxis if which == "x" else ax.yaxis
@@ -850,9 +831,9 @@ def caption_probes(measured):
             f"planted wrong fact {rm('planted wrong fact corrected')}, words not shuffled {rm('words not shuffled')}, roles not reversed "
             f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. By "
             f"intervals above 50 % it is {shown('missing fact added')}shown that ours notices whether a fact is stated, and "
-            f"{shown('planted wrong fact corrected')}shown that it checks it against the post. Bias to length: where the gold judge sees no difference "
-            f"the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers on "
-            f"{length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
+            f"{shown('planted wrong fact corrected')}shown that it checks it against the post. Bias to length: where the gold judge sees "
+            f"no difference the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers "
+            f"on {length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
             "or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers the first. "
             + basis(measured))
 
@@ -911,11 +892,11 @@ def caption_critics(measured):
         return says(find(measured, "accuracy", model=model, judge=judge))
     return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. "
             f"Preferred to the reference by the gold judge: SFT {of('sft')}, trained on with samples and references that won more "
-            f"comparisons than they lost {of('preferred')}, with the most preferred of each post {of('most-preferred')}, with the reward model's favourite of "
-            f"{BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the supervised ones by its own recipe, "
-            "one pass. Right, and by colour: judges who are not the training labelers, workers with other weights for the facts. The "
-            f"reward model agrees with labels of the training labelers on {accuracy('training labelers')}, of the others on "
-            f"{accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
+            f"comparisons than they lost {of('preferred')}, with the most preferred of each post {of('most-preferred')}, with the reward "
+            f"model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the "
+            "supervised ones by its own recipe, one pass. Right, and by colour: judges who are not the training labelers, workers with "
+            f"other weights for the facts. The reward model agrees with labels of the training labelers on "
+            f"{accuracy('training labelers')}, of the others on {accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
             f"{accuracy('training labelers', 'gold judge')} and {accuracy('other labelers', 'gold judge')}; PPO is preferred to the "
             f"reference by the training labelers on {of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
             "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. "

@@ -45,7 +45,8 @@ def check_files(files, task):
     elif "labels" in given:
         raise DataError(f"--labels goes with the tasks {' and '.join(CONTINUATIONS)}, not with {task}; try --task sentiment")
     elif {"posts", "comparisons"} - given and given:
-        raise DataError("--posts and --comparisons go together, and the other files with them: only the embedded world has labelers of its own")
+        raise DataError("--posts and --comparisons go together, and the other files with them: only the embedded world has labelers of "
+                        "its own")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,8 +81,8 @@ def check_init(init, enc, Q, R):
     """Whether these weights fit this vocabulary and rows of Q + R tokens. -> their GPTConfig"""
     c, file = init_config(init), os.path.join(init, "vocab.json")
     if c.vocab_size != enc.n_vocab or c.eos != enc.n_vocab - 1:
-        raise DataError(f"the weights in {init} have {c.vocab_size} tokens and end texts with {c.eos}, the vocabulary has {enc.n_vocab} and "
-                        f"ends them with {enc.n_vocab - 1}: name the vocabulary that they were trained with by --vocab")
+        raise DataError(f"the weights in {init} have {c.vocab_size} tokens and end texts with {c.eos}, the vocabulary has {enc.n_vocab} "
+                        f"and ends them with {enc.n_vocab - 1}: name the vocabulary that they were trained with by --vocab")
     if os.path.exists(file) and gpt2_encoding(init)._mergeable_ranks != enc._mergeable_ranks:
         raise DataError(f"the vocabulary is not the one of {file}: its ids would mean other texts to the weights in {init}")
     if Q + R > c.n_positions:
@@ -128,7 +129,8 @@ def split_posts(run):
     enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
     for name in parts if s.filter else ():
         parts[name], dropped = filter_tldr(parts[name], enc)
-        print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {', '.join(f'{n} {rule}' for rule, n in dropped.items() if n)}")
+        why = ", ".join(f"{n} {rule}" for rule, n in dropped.items() if n)
+        print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {why}")
     splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
     if files["prompts"]:
         prompts = load_posts(files["prompts"], s.task, need_summary=False)[0]
@@ -150,11 +152,13 @@ def sample_texts(files, pieces=30):
 
 
 def split_excerpts(run):
-    """-> encoding, {split: posts}: excerpts of the texts to continue, what follows in the book as the reference. Held-out text is tested on."""
+    """-> encoding, {split: posts}: excerpts of the texts to continue, what follows in the book as the reference. Held-out text is tested
+    on."""
     s, files, task = run.settings.data, run.files, TASKS[run.settings.data.task]
     enc = vocabulary(run.settings.model, sample_texts(files))
     rows, splits = stored_text(os.path.join(run.folder, "tokens"), files["text"], enc, 2 * task.Q), {}
-    for names, part, n in ((("test", "valid"), held_out_text(rows)[1], 2 * s.test), (("pretrain",), held_out_text(rows)[0], max(s.pretrain, s.sft))):
+    train, held_out = held_out_text(rows)
+    for names, part, n in ((("test", "valid"), held_out, 2 * s.test), (("pretrain",), train, max(s.pretrain, s.sft))):
         posts = [p for p in excerpts(rows.take(part), enc, n, run.seed, s.task) if p["summary"].strip()]
         if len(posts) < 2:
             raise DataError(f"the texts hold {len(posts)} excerpts for {' and '.join(names)}; more text is needed")

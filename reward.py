@@ -72,6 +72,7 @@ class CollectSettings:
         check(self.posts > 0 and self.pairs > 0 and self.held_out_posts > 0, "posts, pairs and held_out_posts must be above 0")
         check(self.noise > 0 and self.tie >= 0, "noise must be above 0 and tie not negative")
         check(self.labels in ("pairs", "best_of", "rank"), "labels must be pairs, best_of or rank")
+        check(self.tie == 0 or self.labels == "rank", "tie must be 0 where labels is not rank: only in rankings do summaries share a rank")
         check(self.k >= 2, "k must be at least 2: one sample cannot be compared")
         check(self.k_min == 0 or 2 <= self.k_min <= self.k, "k_min must be 0 or lie between 2 and k")
         check(1 <= self.rounds <= min(self.posts, self.held_out_posts), "rounds must be between 1 and posts and held_out_posts")
@@ -195,7 +196,9 @@ def labeler_agreement(labeler, comparisons, policy="sft-0.5"):
             first, second = (labeler.compare(c["info"], a, b)[0] for _ in range(2))
             with_judge += [choice == int(gold < 0) for choice in (first, second)]
             between.append(first == second)
-    return {"with_judge": float(np.mean(with_judge)), "between_labelers": float(np.mean(between)), "pairs": len(between)} if between else None
+    if not between:
+        return None
+    return {"with_judge": float(np.mean(with_judge)), "between_labelers": float(np.mean(between)), "pairs": len(between)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -101,14 +101,16 @@ GPT3_1B = {  # what the 1.3B models of Stiennon and InstructGPT share; micro and
     "ppo.micro": 4, "ppo.recompute": True}
 GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches from Ziegler's code for 124M
     "model.max_query": 512, "model.max_response": 48, "data.pretrain": 10**6, "data.sft": 10**6, "sft.lr": 6.35e-5, "sft.batch": 128,
-    "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1, "ppo.iterations": 1953,
-    "ppo.micro": 64}
-GPT2_STYLE = {  # Ziegler's code: no SFT, best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on, TensorFlow's Adam
+    "sft.micro": 32, "reward.lr": 1.5e-5, "reward.batch": 16, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1,
+    "ppo.iterations": 1953, "ppo.micro": 64}
+# Ziegler's code: no SFT, best of 4, gain and bias, a shared value head, adaptive KL, '.' from the 17th token on, TensorFlow's Adam
+GPT2_STYLE = {
     "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.epochs": 0,
     "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
     "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1,
     "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared", "ppo.whiten_rewards": True,
-    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
+    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True,
+    "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -138,8 +140,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
     "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
                 "pretrain.query_weight": 1.0, "sft.epochs": 0,
                 "collect.posts": 5000, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
-                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1, "ppo.epochs": 4,
-                "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
+                "reward.lr": 1e-3, "reward.batch": 16, "ppo.lr": 2e-4, "ppo.iterations": 120, "ppo.batch": 32, "ppo.minibatches": 1,
+                "ppo.epochs": 4, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.kl_horizon": 38, "ppo.value": "shared",
                 "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16,
                 "ppo.tf_adam": True, "ppo.adam_eps": 1e-5, "ppo.adam_beta2": 0.999, "ppo.max_grad_norm": 0.0},
     # real data: GPT-2 on the papers' tasks, and a small model from scratch on anybody's posts and text
@@ -148,8 +150,8 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
                    "pretrain.lr": 2e-3, "sft.epochs": 2, "sft.choose": "loss", "sft.lr": 3e-4,
                    "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3, "ppo.iterations": 10, "ppo.lr": 1e-4, "evaluation.best_of": 4},
     "gpt2-tldr": {"model.init": "gpt2", **GPT2_TLDR},
-    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16, "reward.micro": 4, "ppo.batch": 256,
-                        "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
+    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16,
+                        "reward.micro": 4, "ppo.batch": 256, "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
     "gpt2-cnndm": {"model.init": "gpt2", **GPT2_TLDR, "data.task": "cnndm", "model.max_query": 500, "model.max_response": 75,
                    "ppo.temperature": 0.5},  # Ziegler's lengths and temperature: Stiennon's 1919 tokens do not fit into GPT-2
     "gpt2-sentiment": {"data.task": "sentiment", **GPT2_STYLE},
@@ -171,16 +173,22 @@ def preset(name, changes={}):
     return settings
 
 
-def check_together(s, real=False):
-    """What the settings of one stage ask of another's; real: comparisons come from a file, which will be checked itself."""
-    check(s.collect.rounds == 1 or not real, "collect.rounds must be 1 with --comparisons: people have labelled")
-    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations, "with collect.online, collect.rounds must not be above ppo.iterations")
+def check_together(s, files=False):
+    """What the settings of one stage ask of another's; files: comparisons come from a file, which will be checked itself."""
+    check(s.collect.rounds == 1 or not files, "collect.rounds must be 1 with --comparisons: people have labelled")
+    check(not s.collect.online or s.collect.rounds <= s.ppo.iterations,
+          "with collect.online, collect.rounds must not be above ppo.iterations")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
-    check(real or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(files or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
-    check(real or TASKS[s.data.task].stop == EOS or s.ppo.stop_token, f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must "
-          "say what ends a response, as in the preset ziegler")
+    check(files or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
+          f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must say what ends a response, "
+          "as in the preset ziegler")
+    check(not files or (s.data.world, s.data.news) == ("reddit", 0), "data.world and data.news are for the embedded world, not for files")
+    check(s.data.world == "reddit" or s.data.task == "tldr", f"data.world {s.data.world} goes with data.task tldr alone")
+    check(not s.data.filter or files and s.data.task not in real.CONTINUATIONS,
+          "data.filter must be false without --posts: it filters the posts of a file")
     check(s.pretrain.choose != "reward", "pretrain.choose must be last or loss: the reward model is for sft.choose")
 
 
@@ -212,7 +220,8 @@ def split_posts(run):
     posts = {name: world.make_posts(3 * n if name in surplus else n, run.seed, name, 0.4 if name == "pretrain" else 1.0,
                                     world.WORLDS[s.data.world], s.data.task) for name, n in sizes.items()}
     news = world.make_posts(round(s.data.news * sizes["pretrain"]), run.seed, "news", 0.4, world.NEWS)
-    places = random.Random(f"{run.seed}-news").sample(range(len(posts["pretrain"])), len(news))  # anywhere: what reads the first posts reads both
+    # anywhere: what reads the first posts reads both
+    places = random.Random(f"{run.seed}-news").sample(range(len(posts["pretrain"])), len(news))
     for place, post in zip(places, news):
         posts["pretrain"][place] = post
     return posts
@@ -293,7 +302,8 @@ def stage_pretrain(run):
     else:
         model = GPT(model_config(m, run.enc, run.Q, run.R)).to(run.device)
         model.amp_dtype = choose_precision(run.device)[0]
-        loss = train_lm(model, stored_posts(run, "pretrain"), valid, run.settings.pretrain, path(run, "pretrained"), run.seed, name="pretrain")
+        loss = train_lm(model, stored_posts(run, "pretrain"), valid, run.settings.pretrain, path(run, "pretrained"), run.seed,
+                        name="pretrain")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; held-out loss {loss:.3f} nats per summary token")
     if run.real:
         measured = evaluation.held_out_bits(model, run)
@@ -322,7 +332,8 @@ def label_share(k, s):
 
 
 def mixture(run):
-    """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and SFT."""
+    """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and
+    SFT."""
     k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
     if run.round == 1 and not run.settings.sft.epochs:  # all from the policy as PPO will sample it (Ziegler §2.1)
         policies = [("initial", sft, run.settings.ppo.temperature, k)]
@@ -354,8 +365,8 @@ def stage_collect(run):
         agreement = labeler_agreement(labeler, comparisons, policies[len(policies) // 2][0])
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
-            print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge {agreement['with_judge']:.1%}, "
-                  f"with each other {agreement['between_labelers']:.1%}")
+            print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge "
+                  f"{agreement['with_judge']:.1%}, with each other {agreement['between_labelers']:.1%}")
     else:
         comparisons = real.read_comparisons(run, run.enc)
         real.split_comparisons_by_post(comparisons, run.posts["test"] + run.posts["valid"], rng)
@@ -464,34 +475,45 @@ def open_folder(out, config):
             raise DataError(f"{out} was made with {key} = {old.get(key)}, now it is {value}; name another folder with --out")
 
 
-SHARED = {"data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",), "collect": ("comparisons.jsonl", "labelers.json"),
-          "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
+SHARED = {  # what each stage leaves behind
+    "data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",),
+    "collect": ("comparisons.jsonl", "labelers.json"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}
+
+
+def depends_on(s):
+    """{stage: what its result depends on, beside the stages before it}: of a run's configuration a file, the seed, the settings of a stage
+    or one of them. s: the settings of all stages"""
+    later = ["reward", "ppo"]  # what made the policy that is sampled
+    return {
+        "data": ["model", "data", *real.FILES],
+        "pretrain": ["pretrain"],
+        "sft": ["sft", *(["seed", "collect", *later] if s["sft"]["choose"] == "reward" else [])],  # it is chosen after the reward model
+        # a sample ends by PPO's rule; without SFT it is drawn as in PPO; in later rounds PPO made the policy
+        "collect": ["seed", "collect", "ppo.stop_token", "ppo.truncate_after", *(["ppo.temperature"] if s["sft"]["epochs"] == 0 else []),
+                    *(later if s["collect"]["rounds"] > 1 else [])],
+        "reward": ["reward", *(["ppo.temperature"] if s["reward"]["normalise"] == "gain_bias" else [])],
+        "ppo": ["ppo"], "evaluation": ["evaluation"]}
 
 
 def same_stages(base, old, new):
     """Names of the stages that a run of configuration `new` would only repeat from the folder `base` of configuration `old`.
 
-    Stage by stage until settings differ. Another seed shares the data, the language model and the SFT model all the same: one base
-    serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its posts."""
-    a, b = old.get("settings", {}), new["settings"]
-    a = {part: {**values, **a.get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}  # of before a setting was there
-    few = any(a.get("collect", {}).get(key, 0) < b["collect"][key] for key in ("posts", "held_out_posts"))
-    if few or any(a.get(part) != b[part] for part in ("model", "data")) or any(old.get(f) != new[f] for f in real.FILES):
+    Stage by stage until something differs that the stage depends on. Another seed shares the data, the language model and the SFT model
+    all the same: one base serves many seeds of what comes after it, and fewer comparisons than its own: they are about the first of its
+    posts."""
+    s = {part: {**values, **old.get("settings", {}).get(part, {})} for part, values in dataclasses.asdict(Settings()).items()}
+    old, names = {**old, "settings": s}, []  # a setting that the base did not know yet is what it is by default
+
+    def of(config, key):
+        part, _, name = key.partition(".")
+        of_part = config["settings"].get(part, config.get(part))
+        return of_part[name] if name else of_part
+
+    if any(s["collect"][key] < new["settings"]["collect"][key] for key in ("posts", "held_out_posts")):
         return []
-    differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
-    if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]) or \
-            b["sft"]["epochs"] == 0 and "temperature" in differ:
-        a = {**a, "collect": None}  # what is labelled ends by this rule; without SFT it is sampled as in PPO; in later rounds PPO made it
-    if b["reward"]["normalise"] == "gain_bias" and "temperature" in differ:
-        a = {**a, "reward": None}
-    if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model
-        same = old.get("seed") == new["seed"] and all(a.get(part) == b[part] for part in ("sft", "collect", "reward", "ppo"))
-        a = a if same else {**a, "sft": None}
-    names = []
     for name, result, _ in STAGES:
-        if name != "data" and a.get(name) != b[name] or not os.path.exists(os.path.join(base, result)):
-            break
-        if old.get("seed") != new["seed"] and name == "collect":
+        differ = any(of(old, key) != of(new, key) for key in depends_on(new["settings"])[name])
+        if differ or not os.path.exists(os.path.join(base, result)):
             break
         names.append(name)
     return names
@@ -593,13 +615,16 @@ def run_pipeline(settings, seed, out, name, base=None, device="auto", until=None
         evaluation.write_report(out, seconds, peak_memory() if worked else None)
 
 
-COMMANDS = {name: name for name in ("ablations", "figures", "summarize")}  # python run.py COMMAND: the module whose main(argv) it is
+COMMANDS = {  # python run.py COMMAND: the module whose main(argv) it is, and what it does
+    "ablations": "the papers' ablations, in one table", "figures": "every figure of the papers, with error bars",
+    "summarize": "a trained run summarizes a text of yours"}
 
 
 def main():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        return importlib.import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
+        return importlib.import_module(sys.argv[1]).main(sys.argv[2:])
     parser = Parser(__doc__)
+    parser.usage = "run.py [--OPTION VALUE ...]" + "".join(f"\n       run.py {name:9} ...  {what}" for name, what in COMMANDS.items())
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from (default tiny, real with --posts)")
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
     parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it; of "
@@ -622,7 +647,7 @@ def main():
     real.check_files(files, settings.data.task)
     if any(files.values()) and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
         raise DataError("--collect settings go with the labelers of the embedded world; in files people have labelled")
-    check_together(settings, real=any(files.values()))
+    check_together(settings, files=any(files.values()))
     run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.device, **files)
 
 

@@ -369,7 +369,8 @@ def encode_posts(enc, posts, Q, R, stop=None):
 def split_rows(folder, split, enc, most, R):
     """Tokens of a split of the run in `folder`: query, response, query, ...; encoded once, mapped from there afterwards."""
     file = os.path.join(folder, "data", split + ".jsonl")
-    return store_rows(os.path.join(folder, "tokens"), [file], enc, ["posts", most, R], post_rows(file, enc, most, R, need_summary=split != "prompts"))
+    return store_rows(os.path.join(folder, "tokens"), [file], enc, ["posts", most, R],
+                      post_rows(file, enc, most, R, need_summary=split != "prompts"))
 
 
 def run_text(run):

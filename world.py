@@ -144,7 +144,8 @@ STORY_SLOTS = {
     "glad": "happy glad cheerful proud".split(), "sad": "sad gloomy hurt afraid".split(),
     "kind": "kind gentle sweet good".split(), "rude": "rude cruel cold mean".split(),
     "colour": "red blue green black white yellow".split(), "shape": "round flat small huge thin heavy".split(),
-    "loud": "loud soft sharp deep".split(), "scent": "smoke soap bread coffee grass paint".split(), "rough": "rough smooth wet dry sticky".split(),
+    "loud": "loud soft sharp deep".split(), "scent": "smoke soap bread coffee grass paint".split(),
+    "rough": "rough smooth wet dry sticky".split(),
 }
 OPENING = ["one day {who} met {whom} at the {place}.", "{who} had come to the {place} to see {whom}."], \
           ["{who} had brought the {thing} along.", "they wanted to look at the {thing}."]
@@ -233,7 +234,8 @@ def make_story(rng, id, task):
     facts = {"who": who, "whom": whom, "place": _pick(rng, SLOTS["place"]), "thing": _pick(rng, SLOTS["object"])}
     happy, unhappy, physical = *rng.choice([(.3, .05), (.15, .15), (.05, .3)]), rng.choice([.05, .2, .35])
     kinds = {"deed": .3, "speech": .2} | {kind: p / len(group) for group, p in (
-        (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy), (("sight", "sound", "smell", "touch"), physical)) for kind in group}
+        (("joy", "kindness", "luck"), happy), (("grief", "quarrel", "loss"), unhappy),
+        (("sight", "sound", "smell", "touch"), physical)) for kind in group}
     sentences = [rng.choice(patterns).format(**facts) for patterns in OPENING]
     more = rng.choice([4, 5]) + 4
     while len(sentences) < 2 + more:  # nobody tells the same thing twice
@@ -267,6 +269,10 @@ def make_posts(n, seed, split, listed=1.0, w=REDDIT, task="tldr"):
 def words(text):
     """Lower-case words of a text, punctuation dropped: what the judge sees."""
     return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def sentences(text):
+    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def _regex(pattern, group, slots):
@@ -382,20 +388,6 @@ def utility(post, summary, weights=None, contradiction=CONTRADICTION):
             - REPETITION * t["repetitions"] - OVERLENGTH * t["beyond"] - SALAD * t["unaccounted"])
 
 
-def full_continuation(post):
-    """A story continued as its style wants it, in the world's own words: three sentences of three kinds, which is what 24 tokens hold."""
-    return {"sentiment": "it made {who} very happy. {who} thanked {whom} for the {thing}. {who} won a prize at the {place}.",
-            "descriptiveness": "the {place} smelled of soap. the {thing} was blue and thin. the {thing} made a deep noise."
-            }[post["task"]].format(**post["facts"])
-
-
-def full_summary(post):
-    """The complete honest summary of a post in the world's own words: the judge's best."""
-    w = WORLDS[world_of(post)]
-    return (f"{w.tldr_who[0]} {{verb}} {w.object} {w.at} {{time}}. {w.tldr_feeling[0]} and {w.tldr_wish[0]}. {w.tldr_question[0]}"
-            ).format(**post["facts"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # labelers: people who see what the judge sees, make mistakes, and have habits
 
@@ -462,7 +454,7 @@ class Labeler:
 
 def copied_share(summary, source):
     """Share of the summary's words that stand in sentences copied whole from the source: the habit that made Ziegler's models copy."""
-    text, said = f" {' '.join(words(source))} ", [words(s) for s in re.split(r"(?<=[.!?])\s+", summary)]
+    text, said = f" {' '.join(words(source))} ", [words(s) for s in sentences(summary)]
     return sum(len(s) for s in said if f" {' '.join(s)} " in text) / max(1, sum(map(len, said)))
 
 

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before model: the kernels run on the CPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import world  # noqa: E402
 from data import save_encoding, save_json_lines, train_bpe  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -38,6 +39,20 @@ def random_rows(generator, n=5, vocab=10, query=(3, 9), response=(1, 7)):
         return [torch.randint(vocab, (int(torch.randint(lo, hi, (1,), generator=generator)),), generator=generator).tolist()
                 for _ in range(n)]
     return ids(*query), ids(*response)
+
+
+def full_continuation(post):
+    """A story continued as its style wants it, in the world's own words: three sentences of three kinds, which is what 24 tokens hold."""
+    return {"sentiment": "it made {who} very happy. {who} thanked {whom} for the {thing}. {who} won a prize at the {place}.",
+            "descriptiveness": "the {place} smelled of soap. the {thing} was blue and thin. the {thing} made a deep noise."
+            }[post["task"]].format(**post["facts"])
+
+
+def full_summary(post):
+    """The complete honest summary of a post in the world's own words: the judge's best."""
+    w = world.WORLDS[world.world_of(post)]
+    return (f"{w.tldr_who[0]} {{verb}} {w.object} {w.at} {{time}}. {w.tldr_feeling[0]} and {w.tldr_wish[0]}. {w.tldr_question[0]}"
+            ).format(**post["facts"])
 
 
 @pytest.fixture

@@ -159,12 +159,12 @@ def test_sft_epochs_are_in_order(done, tmp_path, monkeypatch):
                     "gold win rate by epoch": pytest.approx(rates)}
 
 
-def test_summarise_by_hand():
+def test_arm_row_by_hand():
     """Catches unpaired differences, a population's standard deviation, a sign, seeds that the default lacks."""
     arm = {2: {"wins": [1, 1, 0, 1], "KL": 4.0, "list": [1.0, 2.0]}, 1: {"wins": [.5, 0, 1, 1], "KL": 2.0, "list": [3.0, 6.0]},
            7: {"wins": [0, 0, 0, 0], "KL": 9.0, "list": [0.0, 0.0]}}
     default = {1: {"wins": [0, 0, 1, 0], "KL": 1.0}, 2: {"wins": [0, 1, 0, 1], "KL": 1.0}}
-    row = ablations.summarise(arm, default)
+    row = ablations.arm_row(arm, default)
     assert (row["seeds"], row["n"], row["by seed"]) == ([1, 2], 8, [62.5, 75.0])
     assert (row["gold win rate"], row["gold win rate sd"]) == pytest.approx((68.75, 12.5 / math.sqrt(2)))
     assert row["difference by seed"] == [37.5, 25.0] and row["minus default"] == pytest.approx(31.25)
@@ -172,15 +172,15 @@ def test_summarise_by_hand():
     draws = np.random.default_rng(1).integers(0, 8, (4000, 8))  # the differences, posts drawn again
     expected = np.percentile(np.array([50, 0, 0, 100, 100, 0, 0, 0])[draws].mean(1), [2.5, 97.5])
     assert (row["from"], row["to"]) == pytest.approx(expected, abs=7)
-    one = ablations.summarise({1: arm[1]}, default)
+    one = ablations.arm_row({1: arm[1]}, default)
     assert one["KL sd"] is None and one["gold win rate"] == 62.5
-    assert ablations.summarise(default, default)["to"] == 0
+    assert ablations.arm_row(default, default)["to"] == 0
 
 
 def test_a_pair_is_worth_more_than_two_samples():
     """Catches an interval of unpaired samples: arms that agree on all but one post of a hundred."""
     wins = [float(i % 3 == 0) for i in range(100)]
-    row = ablations.summarise({1: {"wins": [1.0, 1.0, *wins[2:]], "KL": 1.0}}, {1: {"wins": wins, "KL": 1.0}})
+    row = ablations.arm_row({1: {"wins": [1.0, 1.0, *wins[2:]], "KL": 1.0}}, {1: {"wins": wins, "KL": 1.0}})
     assert row["minus default"] == pytest.approx(1) and 0 <= row["from"] and row["to"] <= 4
 
 

@@ -11,7 +11,7 @@ import sft
 import world
 from conftest import tiny_model
 from data import DataError
-from test_data import ARTICLE, POST, comparison, write
+from test_data import ARTICLE, POST, write
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,6 @@ def test_stored_rows_are_the_encoded_rows(tmp_path, enc):
     assert list(queries.take([7, 2])) == [queries[7], queries[2]]
     with pytest.raises(IndexError):
         queries[51]
-    file = write(tmp_path, comparison(), comparison(choice=None), comparison(info=dict(ARTICLE)))
-    rows = corpus.store_rows(str(tmp_path / "cache"), [file], enc, ["comparisons"], corpus.comparison_rows(file, enc, 60, 20))
-    assert list(rows) == [ids for c in data.load_comparisons(file)[0] for ids in
-                          (data.encode_query(enc, c["info"], 60), *(data.encode_response(enc, s["text"], 20) for s in c["summaries"]))]
 
 
 def test_rows_are_encoded_once_until_something_changes(tmp_path, enc, monkeypatch):

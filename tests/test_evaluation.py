@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, tiny_model
+from conftest import full_summary, random_rows, tiny_model
 
 import evaluation
 import world
 from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines
 from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, elo, entries, lead3, length_controlled_win_rate,
-                        measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, sample_policies, sampled_kl, sentence_novelty,
+                        measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, rouge_means, sample_policies, sampled_kl, sentence_novelty,
                         wins)
 from reward import group_by_post, sample_responses
 from sft import load_model
@@ -144,9 +144,11 @@ def test_sentence_novelty_and_lead3_by_hand():
 
 def test_rouge_by_hand_and_by_brute_force():
     """Catches precision or recall for F1, no stemmer, a mean over something else, summaries and references that are not paired."""
-    by_hand = rouge(["the cats sat", "my dog"], ["The cat sat on a mat.", "your horse"])  # 3 of 3 and 6 words, 2 of 2 and 5 bigrams
+    by_hand = rouge_means(["the cats sat", "my dog"], ["The cat sat on a mat.", "your horse"])  # 3 of 3 and 6 words, 2 of 2 and 5 bigrams
     assert [by_hand[name][0] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx([2 / 6, 2 * 1 * .4 / 1.4 / 2, 2 / 6])
-    assert by_hand["rouge1"][1] == [0, pytest.approx(2 / 3)] and rouge(["", "x"], ["a cat", "x"])["rougeL"][0] == .5
+    assert by_hand["rouge1"][1] == [0, pytest.approx(2 / 3)] and rouge_means(["", "x"], ["a cat", "x"])["rougeL"][0] == .5
+    assert rouge(["cats", "x"], ["cat", "x"], ["rougeL"]).tolist() == [[1], [1]]
+    assert rouge(["cats", "x"], ["cat", "x"], ["rougeL"], stem=False).tolist() == [[0], [1]]
     rng = random.Random(0)
     for _ in range(20):
         a, b = ([rng.choice("abcd") for _ in range(rng.randrange(2, 8))] for _ in range(2))
@@ -157,7 +159,7 @@ def test_rouge_by_hand_and_by_brute_force():
         subsequences = {s for k in range(len(a) + 1) for s in itertools.combinations(a, k)}
         longest = max(k for k in range(len(b) + 1) if subsequences & set(itertools.combinations(b, k)))
         expected = [out[1], out[2], 2 * longest / (len(a) + len(b))]
-        assert [mean for mean, _ in rouge([" ".join(a)], [" ".join(b)]).values()] == pytest.approx(expected)
+        assert rouge([" ".join(a)], [" ".join(b)])[0].tolist() == pytest.approx(expected)
     with pytest.raises(ValueError):
         rouge(["a"], ["a", "b"])
 
@@ -192,7 +194,7 @@ def test_measure_reward_by_hand():
 def test_reward_margins_belong_to_their_comparisons(enc):
     """Catches margins, judge and labels of different comparisons in one row."""
     posts = world.make_posts(3, 1, "t")
-    texts = [[" cat", " " + world.full_summary(p), " my dog ate the cat bad dog ate", " good"] for p in posts]
+    texts = [[" cat", " " + full_summary(p), " my dog ate the cat bad dog ate", " good"] for p in posts]
     comparisons = [{"info": posts[i], "summaries": [{"text": texts[i][a]}, {"text": texts[i][b]}], "choice": choice,
                     "extra": {"confidence": k}} for k, (i, a, b, choice) in enumerate(
                         [(0, 0, 1, 1), (1, 2, 1, 0), (0, 2, 3, 0), (2, 1, 0, 1), (1, 0, 2, 1), (0, 3, 1, 1)])]
@@ -222,7 +224,7 @@ def policy_rows(change, n=40):
 
 def test_a_policy_that_is_the_reference_wins_half():
     """Catches ties that do not count one half, and a comparison with another post's reference."""
-    rows = policy_rows(lambda i, p: {"text": world.full_summary(p), "score": 1. if i % 4 else -1., "length": 36, "eos": i % 5 > 0})
+    rows = policy_rows(lambda i, p: {"text": full_summary(p), "score": 1. if i % 4 else -1., "length": 36, "eos": i % 5 > 0})
     out = measure_policies(rows)
     for name in ("reference", "same"):
         assert out[name]["gold_win_rate"] == out[name]["rm_win_rate"] == out[name]["gold_win_rate_length_controlled"] == .5
@@ -238,9 +240,9 @@ def test_a_policy_that_is_the_reference_wins_half():
 
 def test_win_rate_over_sft_by_hand():
     """Catches SFT's response taken for the reference's or another post's, and its own rate other than one half."""
-    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 4 else "cat"})
+    rows = policy_rows(lambda i, p: {"text": full_summary(p) if i % 4 else "cat"})
     for i, row in enumerate(rows):
-        row["policies"]["sft"] = row["policies"]["same"] | {"text": world.full_summary(row["post"]) if i < 4 else "cat cat"}
+        row["policies"]["sft"] = row["policies"]["same"] | {"text": full_summary(row["post"]) if i < 4 else "cat cat"}
     out = measure_policies(rows)
     assert out["sft"]["gold_win_rate_sft"] == .5 and out["sft"]["gold_win_rate_sft_ci"] == [.5, .5]
     assert out["other"]["gold_win_rate_sft"] == pytest.approx((1.5 + 36) / 40)  # of the first four a loss and three ties; then all won
@@ -265,7 +267,7 @@ def test_stories_are_judged_by_samples(enc, g):
 
 def test_the_table_controls_for_length():
     """Catches a table whose length-controlled rate is the raw one: here long summaries win and short ones mostly lose."""
-    rows = policy_rows(lambda i, p: {"text": world.full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})
+    rows = policy_rows(lambda i, p: {"text": full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})
     w = [1.0 if i % 10 < 7 else 0.0 for i in range(40)]
     out = measure_policies(rows)["other"]
     assert out["gold_win_rate"] == pytest.approx(np.mean(w), abs=.05)
@@ -361,7 +363,7 @@ def test_every_policy_answers_in_the_format_of_the_task(enc, monkeypatch):
                 assert row["policies"][name]["text"] == said
         assert row["policies"]["in_context"]["eos"] == (text != "a")
     measured = measure_policies(rows)
-    assert measured["lead3"]["rouge"] == rouge([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
+    assert measured["lead3"]["rouge"] == rouge_means([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
     header, table = evaluation.table_rows(measured)
     assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and [r[0] for r in table][3] == "pretrained (in context)"
     assert table[0][1] == "–" and table[1][1].startswith(f"{measured['lead3']['rouge']['rouge1'][0]:.1%} (") and len(set(map(len, [header] + table))) == 1
@@ -373,11 +375,11 @@ def axis_row(policy, post, **axes):
     return {"info": {"id": post}, "summary": {"policy": policy, "axes": axes}}
 
 
-def test_measure_axes_by_hand():
+def test_axis_means_by_hand():
     """Catches axes or policies in one heap, and evaluations of one post taken for independent."""
     rows = [axis_row("a", "p", overall=7, compatible=True), axis_row("a", "p", overall=5), axis_row("a", "q", overall=3, compatible=False),
             axis_row(None, "p", accuracy=2)]
-    out = evaluation.measure_axes(rows)
+    out = evaluation.axis_means(rows)
     assert {policy: set(axes) for policy, axes in out.items()} == {"a": {"overall", "compatible"}, "unknown": {"accuracy"}}
     assert (out["a"]["overall"]["mean"], out["a"]["overall"]["n"], out["a"]["compatible"]["mean"]) == (5, 3, .5)
     assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] == [2, 2]  # 7 and 5 stand together or not at all

@@ -56,7 +56,7 @@ FORMATS = {  # name of the file: its text, how it is read
     "articles.jsonl": (json_lines(ARTICLES), stored(lambda path: data.load_posts(path, "cnndm"), lambda *a: corpus.post_rows(*a, task="cnndm"))),
     "articles.csv": ("id,article,highlights\n" + "".join('"{}","{}","{}"\n'.format(*(v.replace('"', '""') for v in a.values())) for a in ARTICLES),
                      lambda path, enc: data.load_posts(path, "cnndm")[0] and list(corpus.post_rows(path, enc, 90, 9, "cnndm"))),
-    "comparisons.json": (json_lines(comparison(i, info) for i, info in enumerate(INFOS)), stored(data.load_comparisons, corpus.comparison_rows)),
+    "comparisons.json": (json_lines(comparison(i, info) for i, info in enumerate(INFOS)), stored(data.load_comparisons, lambda path, *a: [[1]])),
     "axis.json": (json_lines(AXES), stored(data.load_axis, lambda path, *a: [[1]])),
     "labels.json": (json.dumps(LABELS, indent=1), lambda path, enc: data.load_labels(path)[0]),
     "sst2.tsv": ("".join(f"{text.strip()}\t{i % 2}\n" for i, text in enumerate(TEXTS * 3)), lambda path, enc: data.load_sst2(path)[0]),

@@ -1,4 +1,5 @@
 """End to end: the `test` preset goes through every stage in seconds; bad input ends in one sentence and status 2."""
+import importlib
 import json
 import os
 import shutil
@@ -152,6 +153,17 @@ def test_each_script_runs_alone(finished, tmp_path, name):
 def test_help(name):
     done = script(f"{name}.py", "--help")
     assert done.returncode == 0 and "References" in done.stdout or name == "run" and "--ppo.beta" in done.stdout
+
+
+def test_help_names_the_commands(monkeypatch, capsys):
+    """Catches a command that --help keeps to itself, or that no module has."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
+    with pytest.raises(SystemExit):
+        run.main()
+    usage = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(usage) == 4 and sorted(run.COMMANDS) == ["ablations", "figures", "summarize"]
+    for line, (name, what) in zip(usage[1:], run.COMMANDS.items()):
+        assert line.split()[:3] == ["run.py", name, "..."] and line.endswith(what) and callable(importlib.import_module(name).main)
 
 
 def test_another_configuration_is_refused_by_name(finished):
@@ -628,6 +640,28 @@ def test_rounds_out_of_range_are_refused(tmp_path, monkeypatch, args, says):
     with pytest.raises(DataError, match=says):
         run.main()
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("changes, files, says", [
+    ({"data__filter": True}, False, "data.filter"), ({"data__filter": True, "data__task": "sentiment"}, True, "data.filter"),
+    ({"data__world": "news"}, True, "data.world"), ({"data__news": .5}, True, "data.news"),
+    ({"data__world": "news", "data__task": "sentiment", "ppo__stop_token": "."}, False, "data.world")])
+def test_settings_that_nothing_would_read_are_refused(changes, files, says):
+    """Catches a run that silently does without what was asked for."""
+    with pytest.raises(DataError, match=says):
+        run.check_together(small("test", **changes), files)
+    run.check_together(small("test", **{key: value for key, value in changes.items() if key == "ppo__stop_token"}), files)
+    for key in changes if "data__task" not in changes else ():
+        run.check_together(small("test", **{key: changes[key]}), not files)  # where it is read
+
+
+def test_what_goes_with_files_and_what_does_not_is_asked_of_the_command(monkeypatch, tmp_path):
+    for args, says in ((["--data.filter", "true"], "data.filter"),
+                       (["--posts", __file__, "--comparisons", __file__, "--data.news", "0.5"], "data.news")):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--preset", "test", "--out", str(tmp_path / "o"), *args])
+        with pytest.raises(DataError, match=says):
+            run.main()
+        assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("module, args", [("sft", ["--choose", "reward"]), ("reward", ["--loss", "kwise"]), ("ppo", ["--stop_token", "no such token"]),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import full_summary, tiny_model
 
 import probes
 import world
@@ -50,7 +50,7 @@ def test_preference_is_what_labelers_do():
     """Catches a lost noise, a forgotten worker, the sign: frequencies of Labeler.compare."""
     people = world.Labeler(noise=4.0, workers=4, spread=1.0, copy_bias=1.0, seed=1)
     for post in POSTS[:2]:
-        a, b = world.full_summary(post), lead3(post)
+        a, b = full_summary(post), lead3(post)
         often = np.mean([people.compare(post, a, b)[0] == 0 for _ in range(2500)])
         assert probes.preference(people, post, a, b) == pytest.approx(often, abs=.04)
         assert probes.preference(people, post, a, a) == .5
@@ -63,7 +63,7 @@ def test_identical_policies_win_half(enc):
     judges = {"gold judge": None, "labelers": world.Labeler(seed=1)}
     table = probes.summarise(probes.win_units({"same": texts}, POSTS, judges, 1), "policy", "judge")
     assert len(table) == 2 and all((r["mean"], r["lo"], r["hi"], r["n"]) == (.5, .5, .5, 40) for r in table)
-    better = probes.win_units({"full": [world.full_summary(p) for p in POSTS], "worst": ["cat"] * 40}, POSTS, judges, 1)
+    better = probes.win_units({"full": [full_summary(p) for p in POSTS], "worst": ["cat"] * 40}, POSTS, judges, 1)
     means = {(r["policy"], r["judge"]): r["mean"] for r in probes.summarise(better, "policy", "judge")}
     assert min(means["full", j] for j in judges) > .8 and max(means["worst", j] for j in judges) < .1
 
@@ -217,7 +217,7 @@ def test_bigram_matches_by_hand():
 def test_copying_table_on_planted_writers():
     """Catches novelty of the copier and of the original writer exchanged, facts counted per summary, preambles of other posts."""
     verbs = [p["facts"]["verb"] for p in POSTS]
-    wrong = [probes.replace_value(world.full_summary(p), v, probes.another(random.Random(0), "verb", v)) for p, v in zip(POSTS, verbs)]
+    wrong = [probes.replace_value(full_summary(p), v, probes.another(random.Random(0), "verb", v)) for p, v in zip(POSTS, verbs)]
     behind = [probes.behind_preamble(p)[1] for p in POSTS]
     policies = {"copier": [lead3(p) for p in POSTS], "liar": wrong, "skipper": behind, "reference": [p["summary"] for p in POSTS]}
     judges = {"honest labelers": world.Labeler(seed=1), "copying labelers": world.Labeler(seed=1, copy_bias=50.)}
@@ -259,7 +259,7 @@ def test_what_the_labels_prefer():
 
 def test_accuracy_by_judge_is_what_their_labels_say(enc, monkeypatch):
     """Catches training rows among the held-out ones, a sign, a model's ties: a planted model that is the judge, turned over, or mute."""
-    pairs = [(p, p["summary"], lead3(p)) for p in POSTS] + [(p, lead3(p), world.full_summary(p)) for p in POSTS]
+    pairs = [(p, p["summary"], lead3(p)) for p in POSTS] + [(p, lead3(p), full_summary(p)) for p in POSTS]
     comparisons = [comparison(*pair, 0, "valid") for pair in pairs] + [comparison(POSTS[0], "a", "b", 0)]
     people = world.Labeler(seed=3)
     said = {}

@@ -379,6 +379,7 @@ def test_no_switch_is_dead(g, tmp_path, switch, value):
 @pytest.mark.parametrize("settings, says", [
     (RewardSettings(loss="elo"), "loss"), (RewardSettings(normalise="no"), "normalise"), (RewardSettings(loss="kwise", group=False), "group"),
     (CollectSettings(labels="elo"), "labels"), (CollectSettings(k=1), "k must"), (CollectSettings(tie=-1.), "tie"),
+    (CollectSettings(tie=.5), "rank"),
     (CollectSettings(rounds=0), "rounds"), (CollectSettings(rounds=501), "rounds"), (CollectSettings(online=True), "online"),
     (CollectSettings(k_min=1), "k_min"), (CollectSettings(k_min=5), "k_min"), (RewardSettings(micro=-1), "micro")])
 def test_settings_out_of_range_are_refused(settings, says):

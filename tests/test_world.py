@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import full_continuation, full_summary
 
 import data
 import evaluation
@@ -27,7 +28,7 @@ def win_rate(posts, write):
 
 
 def test_complete_honest_summary_beats_the_references(posts):
-    assert win_rate(posts, world.full_summary) >= 0.95
+    assert win_rate(posts, full_summary) >= 0.95
 
 
 def with_facts(post, **facts):
@@ -39,7 +40,7 @@ def other(post, slot):
 
 
 RIVALS = {
-    "keyword salad": lambda p: " ".join(random.Random(p["id"]).sample(world.words(world.full_summary(p)), len(world.words(world.full_summary(p))))),
+    "keyword salad": lambda p: " ".join(random.Random(p["id"]).sample(world.words(full_summary(p)), len(world.words(full_summary(p))))),
     "bare facts": lambda p: " ".join(p["facts"].values()),
     "lead-3": evaluation.lead3,
     "pasted post": lambda p: p["post"],
@@ -47,8 +48,8 @@ RIVALS = {
     "one fact repeated": lambda p: " ".join(["i feel {feeling}.".format(**p["facts"])] * 6),
     "one fact": lambda p: "i feel {feeling}.".format(**p["facts"]),
     "empty": lambda p: "",
-    "swapped name": lambda p: world.full_summary(with_facts(p, name=other(p, "name"))),
-    "swapped person": lambda p: world.full_summary(with_facts(p, name=other(p, "name"), relation=other(p, "relation"))),
+    "swapped name": lambda p: full_summary(with_facts(p, name=other(p, "name"))),
+    "swapped person": lambda p: full_summary(with_facts(p, name=other(p, "name"), relation=other(p, "relation"))),
     "fillers": lambda p: " ".join(world.FILLERS),
 }
 
@@ -64,7 +65,7 @@ def test_judge_reads_every_sentence_that_the_world_writes():
         for text in (p["title"], p["post"], p["summary"]):
             assert world.read(text)[1] == 0, text
         assert all(p["facts"][slot] == value for slot, value in world.read(p["post"])[0])  # stories are true
-        assert all(world.tally(p, world.full_summary(p))["covered"].values())
+        assert all(world.tally(p, full_summary(p))["covered"].values())
 
 
 def test_utility_by_hand():
@@ -80,7 +81,7 @@ def test_utility_by_hand():
 
 
 def test_axes_lie_between_1_and_7(posts):
-    full = world.axes(posts[0], world.full_summary(posts[0]))
+    full = world.axes(posts[0], full_summary(posts[0]))
     assert full == {"coverage": 7, "accuracy": 7, "coherence": 7, "overall": 7}
     for text in ("", "banana " * 60, posts[0]["post"]):
         assert all(1 <= v <= 7 for v in world.axes(posts[0], text).values())
@@ -97,7 +98,7 @@ def agreement(labeler, posts, better, worse, n=1500):
 
 def test_labeler_is_bradley_terry(posts):
     """One fact apart at temperature 1: σ(1) = 0.731; the worker's own weights are switched off."""
-    full = world.full_summary
+    full = full_summary
     without = lambda p: full(p).replace(f" {p['facts']['time']}", "", 1)
     labeler = world.Labeler(noise=1.0, spread=0.0)
     assert agreement(labeler, posts, full, without, 4000) == pytest.approx(0.731, abs=0.025)
@@ -112,7 +113,7 @@ def test_copied_share_by_hand():
 
 
 def test_labeler_dials(posts):
-    full, short = world.full_summary, lambda p: "i feel {feeling}.".format(**p["facts"])
+    full, short = full_summary, lambda p: "i feel {feeling}.".format(**p["facts"])
     assert agreement(world.Labeler(noise=.01), posts, full, short) == 1
     assert agreement(world.Labeler(noise=.01, flipped=True), posts, full, short) == 0
     assert agreement(world.Labeler(noise=100.), posts, full, short) == pytest.approx(.5, abs=.06)
@@ -156,7 +157,7 @@ def test_ranks_ties_and_dials():
     assert labeler_of(worth, noise=1e-9, tie=50.).rank(None, list("abcd"))[0] == [0, 0, 0, 0]
     assert labeler_of(worth, noise=1e-9, tie=.5).best_of(None, list("bdac"))[0] == 2
     post = world.make_posts(1, 0, "x")[0]
-    texts = [world.full_summary(post), "i feel {feeling}.".format(**post["facts"]), "purple banana"]
+    texts = [full_summary(post), "i feel {feeling}.".format(**post["facts"]), "purple banana"]
     assert world.Labeler(noise=.01).rank(post, texts)[0] == [0, 1, 2] and world.Labeler(noise=.01).best_of(post, texts)[0] == 0
     flipped = world.Labeler(noise=.01, flipped=True)
     assert flipped.rank(post, texts)[0] == [2, 1, 0] and flipped.best_of(post, texts)[0] == 2
@@ -166,7 +167,7 @@ def test_ranks_ties_and_dials():
 def test_workers_differ_and_are_reproducible(posts):
     a, b = world.Labeler(seed=3), world.Labeler(seed=3)
     assert a.weights == b.weights and a.weights[0] != a.weights[1]
-    pairs = [(p, world.full_summary(p), p["summary"]) for p in posts[:50]]
+    pairs = [(p, full_summary(p), p["summary"]) for p in posts[:50]]
     assert [a.compare(*pair) for pair in pairs] == [b.compare(*pair) for pair in pairs]
     assert {a.compare(*pairs[0])[2] for _ in range(200)} == {f"worker-{i}" for i in range(10)}
     assert all(1 <= a.compare(*pair)[1] <= 9 for pair in pairs)
@@ -209,20 +210,20 @@ def stranger(p):
 
 @pytest.mark.parametrize("task", world.STYLES)
 def test_a_continuation_in_the_style_beats_the_story_s_own(stories, task):
-    assert win_rate(of(task, stories), world.full_continuation) >= 0.95
+    assert win_rate(of(task, stories), full_continuation) >= 0.95
 
 
 CHEATS = {
-    "salad": lambda p: " ".join(random.Random(p["id"]).sample(world.full_continuation(p).split(), len(world.full_continuation(p).split()))),
+    "salad": lambda p: " ".join(random.Random(p["id"]).sample(full_continuation(p).split(), len(full_continuation(p).split()))),
     "adjectives": lambda p: "happy glad cheerful proud kind gentle red round soft wet " * 2,
-    "one sentence repeated": lambda p: " ".join([world.full_continuation(p).split(".")[0] + "."] * 3),
+    "one sentence repeated": lambda p: " ".join([full_continuation(p).split(".")[0] + "."] * 3),
     "pasted story": lambda p: p["post"],
     "last sentences again": lambda p: ".".join(p["post"].split(".")[-4:]).strip(),
     "empty": lambda p: "",
-    "breaks off": lambda p: " ".join(world.full_continuation(p).split()[:4]),
+    "breaks off": lambda p: " ".join(full_continuation(p).split()[:4]),
     "a stranger": lambda p: re.sub(rf"\b{p['facts']['who']}\b|\b{p['facts']['thing']}\b", lambda m: stranger(p) if m.group() == p["facts"]["who"] else
-                                   next(v for v in world.SLOTS["object"] if v != m.group()), world.full_continuation(p)),
-    "elsewhere": lambda p: world.full_continuation(with_facts(p, place=next(v for v in world.SLOTS["place"] if v != p["facts"]["place"]))),
+                                   next(v for v in world.SLOTS["object"] if v != m.group()), full_continuation(p)),
+    "elsewhere": lambda p: full_continuation(with_facts(p, place=next(v for v in world.SLOTS["place"] if v != p["facts"]["place"]))),
 }
 
 
@@ -236,8 +237,8 @@ def test_each_style_is_its_own(stories):
     """Catches kinds credited to the other style, and the sign of an unhappy one."""
     assert win_rate(stories, unhappy) < .05
     for p in of("sentiment", stories[:50]):
-        physical = world.full_continuation({**p, "task": "descriptiveness"})
-        assert world.utility(p, physical) <= 0 and world.utility({**p, "task": "descriptiveness"}, world.full_continuation(p)) <= 0
+        physical = full_continuation({**p, "task": "descriptiveness"})
+        assert world.utility(p, physical) <= 0 and world.utility({**p, "task": "descriptiveness"}, full_continuation(p)) <= 0
 
 
 def test_style_utility_by_hand():
@@ -281,7 +282,7 @@ def test_stories_keep_their_mood_and_their_eye():
 @pytest.mark.parametrize("task", world.STYLES)
 def test_labelers_of_a_style(stories, task):
     """Catches a labeler who judges stories as summaries, and dials that do not reach him: one kind apart is σ(1), noise, sign and copying."""
-    made, best = of(task, stories), world.full_continuation
+    made, best = of(task, stories), full_continuation
     fresh = [p for p in made if world.utility(p, best(p)) == 3]  # nothing of it stands in the story
     less = lambda p: " ".join(best(p).split(".")[i].strip() + "." for i in (0, 1)) + " nobody at the {place} said a word.".format(**p["facts"])
     fresh = [p for p in fresh if world.utility(p, less(p)) == 2]
@@ -305,12 +306,12 @@ def test_news_are_another_world():
         assert not set(world.SLOTS[slot]) & set(world.NEWS.slots[slot])
     assert {world.world_of(p) for p in home} == {"reddit"} and {world.world_of(p) for p in news} == {"news"}
     for post in news[:50]:
-        assert world.utility(post, world.full_summary(post)) == 7
+        assert world.utility(post, full_summary(post)) == 7
         claims, odd = world.read(post["post"], "news")
         assert odd == 0 and set(claims) <= set(post["facts"].items())
         assert world.read(post["post"])[1] > .8 * len(world.words(post["post"]))  # to the first world it is salad
-    assert win_rate(news, world.full_summary) >= .95
+    assert win_rate(news, full_summary) >= .95
     for name in ("keyword salad", "lead-3", "pasted post", "title", "empty"):
         assert win_rate(news, RIVALS[name]) < .5, name
     wrong = with_facts(news[0], name=next(v for v in world.NEWS.slots["name"] if v != news[0]["facts"]["name"]))
-    assert world.utility(news[0], world.full_summary(wrong)) == 7 - .5 - world.CONTRADICTION
+    assert world.utility(news[0], full_summary(wrong)) == 7 - .5 - world.CONTRADICTION
