@@ -27,7 +27,7 @@ from tqdm import tqdm
 import world
 from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
                   load_posts, pad_rows, post_key, save_json_lines, write_atomic)
-from ppo import compare_policies, kl_estimates
+from ppo import compare_policies
 from reward import group_by_post, sample_responses, score_all, score_groups
 from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
@@ -47,7 +47,39 @@ def bootstrap_ci(values, clusters=None, draws=2000, seed=0):
         sums, sizes = np.bincount(index, values, len(names)), np.bincount(index, minlength=len(names))
     draw = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
     means = sums[draw].sum(1) / sizes[draw].sum(1)
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+    return not_too_narrow(*np.percentile(means, [2.5, 97.5]), values, len(sums))
+
+
+def not_too_narrow(low, high, values, n):
+    """An interval, widened to Wilson's where values are choices (0, ½ or 1), about n posts, of which fewer than ten went one way: 12 wins
+    of 12 are no proof that all would be won, but all that can be drawn from them."""
+    p = values.mean()
+    if np.isin(values, (0, .5, 1)).all() and n * min(p, 1 - p) < 10:
+        z = 1.96
+        centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        low, high = min(low, centre - half), max(high, centre + half)
+    return [float(low), float(high)]
+
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantiles of t at 1 to 9 degrees of freedom
+
+
+def crossed_ci(values, posts, seeds):
+    """95 % interval of the mean of values [N], each of a post and of a seed, for other posts and other seeds:
+
+        mean ± √((1.96 s_posts)² / P + (t s_seeds)² / S),    t of S - 1 degrees of freedom
+
+    s_posts, s_seeds: standard deviations of the means by post and by seed. Three seeds say little about how much seeds differ; t says so,
+    where three seeds drawn again and again would not. Of one seed, an interval for that seed. Choices (0 to 1) stay within 0 and 1."""
+    values, variance = np.asarray(values, float), 0.0
+    groups = [np.unique(np.asarray(names), return_inverse=True)[1] for names in (posts, seeds)]
+    P, S = (group.max() + 1 for group in groups)
+    for group, n, t in zip(groups, (P, S), (1.96, STUDENT[min(S, 10) - 2])):
+        variance += t**2 * np.var(np.bincount(group, values) / np.bincount(group), ddof=1) / n if n > 1 else 0.0
+    low, high = values.mean() - math.sqrt(variance), values.mean() + math.sqrt(variance)
+    if values.min() >= 0 and values.max() <= 1:
+        low, high = max(0, low), min(1, high)
+    return not_too_narrow(low, high, values, P)
 
 
 def wins(a, b):
@@ -59,14 +91,25 @@ def wins(a, b):
 def length_controlled_win_rate(wins, log_length_ratio):
     """σ(w) of the logistic fit P(win) = σ(w + c·log(length / reference length)): the win rate at equal length.
 
-    wins in [0, 1] (½ for ties), both [N]. (Stiennon appendix F.) A ridge of 1e-3 keeps separable data finite."""
+    wins in [0, 1] (½ for ties), both [N]. Stiennon's appendix F fits one c to all policies; here each has its own. A ridge of 1e-3 keeps
+    separable data finite."""
     y, x = np.asarray(wins, float), np.asarray(log_length_ratio, float)
     X, theta = np.stack([np.ones_like(x), x], 1), np.zeros(2)
     for _ in range(50):  # Newton's method
         p = 1 / (1 + np.exp(-X @ theta))
         gradient = X.T @ (y - p) - 1e-3 * theta
-        theta = theta + np.linalg.solve((X * (p * (1 - p))[:, None]).T @ X + 1e-3 * np.eye(2), gradient)
+        step = np.linalg.solve((X * (p * (1 - p))[:, None]).T @ X + 1e-3 * np.eye(2), gradient)
+        theta = theta + step
+        if abs(step).max() < 1e-9:
+            break
     return float(1 / (1 + np.exp(-theta[0])))
+
+
+def length_controlled_ci(wins, log_length_ratio, draws=300, seed=0):
+    """Its 95 % bootstrap interval over posts: where all lengths differ from the references', equal length is far from the data."""
+    y, x, rng = np.asarray(wins, float), np.asarray(log_length_ratio, float), np.random.default_rng(seed)
+    fits = [length_controlled_win_rate(y[rows], x[rows]) for rows in rng.integers(0, len(y), (draws, len(y)))]
+    return [float(bound) for bound in np.percentile(fits, [2.5, 97.5])]
 
 
 def best_of_n_kl(n):
@@ -307,15 +350,15 @@ def responses_and_kl(policy, sft, queries, R, temperature, generator, stop=None,
 
 
 def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
-    """k1 = Σ_t log π/π_ref of one sample per query, a list."""
+    """Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) along one sample per query, a list. Its mean over samples is the KL of whole responses, as that of
+    k1 = Σ_t log π/π_ref is, with a fraction of the noise and never negative."""
     out = []
     for i in range(0, len(queries), batch):
         q, r = queries[i:i + batch], samples[i:i + batch]
         tokens, lengths = pad_rows([a + b for a, b in zip(q, r)], policy.device)
         query_lengths = torch.tensor([len(a) for a in q], device=policy.device)
-        logprobs, ref_logprobs, mask, _, _ = compare_policies(policy, ref_policy, tokens, query_lengths, lengths,
-                                                              max(map(len, r)), temperature)
-        out += kl_estimates(logprobs, ref_logprobs, mask)[0].tolist()
+        kl = compare_policies(policy, ref_policy, tokens, query_lengths, lengths, max(map(len, r)), temperature)[3]
+        out += kl.sum(1).tolist()
     return out
 
 
@@ -325,14 +368,15 @@ def measure_policies(rows):
     gold_known = all("facts" in row["post"] for row in rows)
     for name in rows[0]["policies"]:
         mine, ref, sft = ([row["policies"].get(who) for row in rows] for who in (name, "reference", "sft"))
-        entry = dict.fromkeys(["gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "gold_utility", "gold_win_rate_sft",
-                               "gold_win_rate_sft_ci"])
+        entry = dict.fromkeys(["gold_win_rate", "gold_win_rate_ci", "gold_win_rate_length_controlled", "gold_win_rate_length_controlled_ci",
+                               "gold_utility", "gold_win_rate_sft", "gold_win_rate_sft_ci"])
         if gold_known:
             u, v = (np.array([world.utility(row["post"], s["text"]) for row, s in zip(rows, side)]) for side in (mine, ref))
             w = wins(u, v)
             ratio = [math.log(a["length"] / b["length"]) for a, b in zip(mine, ref)]
             entry |= {"gold_win_rate": float(w.mean()), "gold_win_rate_ci": bootstrap_ci(w),
-                     "gold_win_rate_length_controlled": length_controlled_win_rate(w, ratio), "gold_utility": float(u.mean())}
+                     "gold_win_rate_length_controlled": length_controlled_win_rate(w, ratio),
+                     "gold_win_rate_length_controlled_ci": length_controlled_ci(w, ratio), "gold_utility": float(u.mean())}
             if sft[0] is not None:
                 w = wins(u, [world.utility(row["post"], s["text"]) for row, s in zip(rows, sft)])
                 entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
@@ -496,12 +540,18 @@ def table_rows(policies):
         "ROUGE-1", "ROUGE-2", "ROUGE-L", "RM win rate"]
     for name in [n for n in POLICIES if n in policies]:
         p = policies[name]
-        judged = [show(p["gold_win_rate"]), "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"]), show(p["gold_win_rate_length_controlled"]),
+        judged = [show(p["gold_win_rate"]), "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"]), equal_length(p),
                   show(p["rm_win_rate"]), show(p["gold_utility"], ".2f")] if gold else [
             *(with_interval((p["rouge"] or {}).get(key)) for key in ("rouge1", "rouge2", "rougeL")), show(p["rm_win_rate"])]
         rows.append([LABELS[name].replace("\n", " "), *judged, show(p["rm_score"], ".2f"), show(p["kl"], ".1f"), show(p["length"], ".1f"),
                      show(p["no_eos"])])
     return header + ["RM score", "KL", "length", "no EOS"], rows
+
+
+def equal_length(p):
+    """'65.8% ± 4.1%': half of its interval is as far as it goes on average to both sides."""
+    low, high = p["gold_win_rate_length_controlled_ci"]
+    return f"{p['gold_win_rate_length_controlled']:.1%} ± {(high - low) / 2:.1%}"
 
 
 def print_table(header, rows):

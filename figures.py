@@ -32,8 +32,8 @@ import probes
 import world
 from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
 from estimate import show_time
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, RED, bar, best_of_n_estimate, best_of_n_kl, draw_curves,
-                        greedy_texts, lead3, length_controlled_win_rate, markdown_table, new_figure, once, read_samples, reward_margins,
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, RED, bar, best_of_n_estimate, best_of_n_kl, crossed_ci,
+                        draw_curves, greedy_texts, lead3, length_controlled_win_rate, markdown_table, new_figure, once, read_samples, reward_margins,
                         rouge, sampled_kl, save_csv, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
@@ -113,20 +113,13 @@ def finished(lab, seed, size="default", until="evaluation", **changes):
 # ---------------------------------------------------------------------------------------------------------------------
 # statistics over seeds
 
-def mean_ci(values, draws=2000, seed=0):
-    """Mean of values [seeds, posts] and its 95 % bootstrap interval; seeds and posts are drawn as wholes, both."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    S, N = values.shape
-    seeds, posts = (rng.multinomial(n, [1 / n] * n, draws) / n for n in (S, N))  # [draws, S], [draws, N]: how often each is drawn
-    means = ((seeds @ values) * posts).sum(1)
-    return float(values.mean()), [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
 def row_of(values):
-    """{name, name_low, name_high: mean_ci} of each of values, {name: [seeds, posts]}, as columns of a table."""
+    """{name, name_low, name_high: mean and crossed_ci} of each of values, {name: [seeds, posts]}, as columns of a table."""
     row = {}
     for name, of_seeds in values.items():
-        row[name], (row[name + "_low"], row[name + "_high"]) = mean_ci(of_seeds)
+        seeds, posts = np.indices(np.shape(of_seeds))
+        row[name] = float(np.mean(of_seeds))
+        row[name + "_low"], row[name + "_high"] = crossed_ci(np.ravel(of_seeds), posts.ravel(), seeds.ravel())
     return row
 
 
@@ -193,7 +186,7 @@ def caption_preference(measured):
             "with size; only human feedback passes 50 % (61 % at 1.3B, about 70 % at 6.7B, some 5 points less at equal length). Ours, "
             f"largest size: SFT {percent(sft, 'preferred')}, PPO {percent(ppo, 'preferred')}; at equal length {sft['equal_length']:.0%} "
             f"and {ppo['equal_length']:.0%}. Gold judge, greedy decoding, ties count one half; {facts['posts']} posts, {facts['seeds']} "
-            f"seeds of comparisons, reward model and PPO; bars: 95 % bootstrap over {probes.over(facts)} on the left, lowest and highest "
+            f"seeds of comparisons, reward model and PPO; bars: 95 % over {probes.over(facts)} on the left, lowest and highest "
             f"seed on the right. PPO's summaries have {ppo['length_ratio']:.2f} times the tokens of the references. One pretrained and one "
             "SFT model per size.")
 
@@ -294,7 +287,7 @@ def caption_transfer(measured):
             f"news {mark('news_sft')}, references {mark('reference')}, lead-3 {mark('lead3')}. SFT, reward model and PPO never saw news; "
             f"{facts['news']:.0%} of the pretraining posts are news, as GPT-3 had read news too (a language model that has read none "
             f"writes of the first world only). {facts['parameters'] / 1e6:.2f}M parameters, {facts['posts']} posts, {facts['seeds']} "
-            "seeds of comparisons, reward model and PPO, gold judge, greedy decoding; bars: 95 % bootstrap over posts"
+            "seeds of comparisons, reward model and PPO, gold judge, greedy decoding; bars: 95 % over posts"
             + (" and, for PPO, seeds." if facts["seeds"] > 1 else "."))
 
 
@@ -442,7 +435,7 @@ def caption_overoptimization(measured):
             "iterations, whose policies are taken along the way; Gao finds that a penalty acts like stopping early. Gao's forms, fitted "
             f"to the mean gain in gold utility: PPO d({rl['alpha']:.2f} - {rl['beta']:.2f} log d), best of n d({bon['alpha']:.2f} - "
             f"{bon['beta']:.2f} d), d = √KL. Samples at temperature {f['temperature']}; {f['posts']} posts ({f['posts_best_of_n']} for "
-            f"best of n), {f['seeds']} seeds of comparisons, reward model and PPO; bands: 95 % bootstrap over {probes.over(f)}.")
+            f"best of n), {f['seeds']} seeds of comparisons, reward model and PPO; bands: 95 % over {probes.over(f)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -583,7 +576,7 @@ def caption_best_of_n(measured):
             + f"; ROUGE-L is at its best at n = {peak['n']} with {peak['gold']:.0%}. ROUGE is measured against the very reference that "
             "the choice is compared with; the earlier reward model is that of the over-optimisation figure, the smaller one that of the "
             f"small models. {f['posts']} posts, {f['samples']} samples of each (the estimate runs over all subsets of n), {f['seeds']} "
-            f"seeds of comparisons and reward model; bands: 95 % bootstrap over {probes.over(f)}.")
+            f"seeds of comparisons and reward model; bands: 95 % over {probes.over(f)}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -832,6 +832,8 @@ class GPT(nn.Module):
             model = cls(config, head)
         path = os.path.join(folder, "model.safetensors")
         tensors = load_file(path)  # mapped, not read: a page can leave memory once it is copied
+        if head == "lm" and "score.weight" in tensors:
+            raise ValueError(f"{path} has a scalar head: it is a reward or value model, not a language model")
         for p, name, transposed in model._hf_names():
             t = tensors.get(name, tensors.get(name.removeprefix("transformer.")))  # OpenAI's upload has no prefix
             if t is None and name == "score.weight":

@@ -279,8 +279,10 @@ def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, 
     score = torch.where(ended, reward_model.scores(tokens, lengths), s.no_eos_score)
     # 4. per-token rewards, KL included
     exact = s.kl_reward == "exact"
-    penalised = (kl, torch.zeros_like(kl)) if exact else (logprobs, ref_logprobs)  # their difference
-    rewards = shaped_rewards(score, *penalised, mask, beta)
+    if exact:
+        rewards = shaped_rewards(score, kl, torch.zeros_like(kl), mask, beta)  # -β KL(π ‖ π_ref) of each state
+    else:
+        rewards = shaped_rewards(score, logprobs, ref_logprobs, mask, beta)  # -β (log π - log π_ref) of each token
     if s.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     # 5. advantages from the value model; returns from the advantages as they are, only then whitening
@@ -294,8 +296,8 @@ def rollout(policy, ref_policy, reward_model, value_model, queries, R, s, beta, 
 
 def update(policy, value_model, optimizer, r, s, generator, pretraining=None, average=None):
     """epochs × minibatches of clipped steps on one rollout; pretraining is for ptx_backward, average moves along with the policy.
-    -> mean statistics; first_* are the first minibatch's."""
-    totals, steps, first = {}, 0, None
+    -> mean statistics; largest |log ratio| of the first minibatch and of all."""
+    totals, steps, first, largest = {}, 0, 0.0, 0.0
     R = r.mask.shape[1]
     for _ in range(s.epochs):
         for minibatch in torch.randperm(len(r.tokens), generator=generator).chunk(s.minibatches):
@@ -305,9 +307,10 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
                 mask, share = r.mask[rows], (r.mask[rows].sum() / r.mask[minibatch].sum()).item()  # losses are means over tokens
                 batch = r.tokens[rows, :int(r.lengths[rows].max())], r.query_lengths[rows], r.lengths[rows], R
                 pg, stats = policy_loss(policy.logprobs(*batch, s.temperature), r.logprobs[rows], r.advantages[rows], mask, s.clip)
-                if first is None:
-                    first = stats
+                if steps == 0:
                     check_ratio(stats, policy.amp_dtype)
+                    first = max(first, stats["max_log_ratio"])
+                largest = max(largest, stats["max_log_ratio"])
                 (share * pg).backward()  # before the value model's forward: one network's activations at a time
                 vf, value_stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], mask, s.value_clip)
                 (share * s.value_coef * vf).backward()
@@ -322,7 +325,7 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
             if average is not None:
                 move_average(average, policy, s.ema)
             steps += 1
-    return {key: value / steps for key, value in totals.items()} | {"first_log_ratio": first["max_log_ratio"]}
+    return {key: value / steps for key, value in totals.items()} | {"first_log_ratio": first, "max_log_ratio": largest}
 
 
 def check_ratio(stats, dtype):
@@ -338,7 +341,7 @@ def check_sampler(gap, dtype):
     """The sampler and the training forward are two programs for one policy; their log-probabilities differ by rounding only."""
     if not gap <= (1e-4 if dtype == torch.float32 else 3e-2):  # a wrong temperature or position gives 0.1 and more
         raise DataError(f"the sampler's log-probabilities are {gap:.2g} from the training forward's on average, above rounding: "
-                        "the two disagree about the policy")
+                        "the two disagree about the policy, or it has diverged (lower ppo.lr)")
 
 
 def mean_utility(posts, texts):

@@ -10,7 +10,7 @@ References: Stiennon 2020 §4.3-4.4, appendices G.6 and G.7; Ziegler 2019 §4 an
     ladder                      Bradley-Terry ratings of all policies on the same posts
 
 Measuring comes first, in functions of texts, folders and labelers; drawing comes behind it and reads nothing but measured rows.
-Every rate stands beside its number n and a 95 % bootstrap interval lo to hi, in which posts are drawn whole.
+Every rate stands beside its number n and a 95 % interval lo to hi, for other posts and other seeds.
 """
 import itertools
 import os
@@ -23,25 +23,18 @@ import torch
 
 import world
 from data import decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, copy_fraction, elo, greedy_texts, lead3, new_figure,
-                        read_samples, rouge, save_figure, sentence_novelty, wins)
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, copy_fraction, crossed_ci, elo, greedy_texts, lead3,
+                        new_figure, read_samples, rouge, save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
 from sft import SFTSettings, load_model, open_run, pick_device, train_lm
 
 STRANGERS = 10**6  # added to a labeler's seed: workers with other weights, whose labels nothing was trained on
 
 
-def rate(values, posts, seeds, draws=1000):
-    """{mean, lo, hi, n} of values [N] of these posts and seeds: the bootstrap draws whole posts and, of several, whole seeds."""
-    values, rng = np.asarray(values, float), np.random.default_rng(0)
-    (posts, column), (seeds, row) = (np.unique(np.asarray(names), return_inverse=True) for names in (posts, seeds))
-    sums, counts = np.zeros((2, len(seeds), len(posts)))
-    np.add.at(sums, (row, column), values)
-    np.add.at(counts, (row, column), 1)
-    of_seeds, of_posts = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in (len(seeds), len(posts)))  # how often each is drawn
-    totals, sizes = (((of_seeds @ x) * of_posts).sum(1) for x in (sums, counts))
-    lo, hi = np.percentile(totals[sizes > 0] / sizes[sizes > 0], [2.5, 97.5])
-    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "n": len(values)}
+def rate(values, posts, seeds):
+    """{mean, lo, hi, n} of values [N] of these posts and seeds."""
+    lo, hi = crossed_ci(values, posts, seeds)
+    return {"mean": float(np.mean(values)), "lo": lo, "hi": hi, "n": len(values)}
 
 
 def summarise(units, *keys):
@@ -804,13 +797,13 @@ def says(row):
 
 def over(facts):
     """What intervals are over."""
-    return "posts and seeds" if facts["seeds"] > 1 else "posts"
+    return "posts and, by Student's t, seeds" if facts["seeds"] > 1 else "posts"
 
 
 def basis(measured):
     f = measured["facts"]
     return (f"{f['posts']} posts, {f['seeds']} seed{'s' * (f['seeds'] > 1)} of labels, reward model and PPO; in brackets and as bars 95 % "
-            f"bootstrap intervals over {over(f)}; n is in the tables.")
+            f"intervals over {over(f)}; n is in the tables.")
 
 
 def caption_probes(measured):

@@ -198,13 +198,16 @@ def read_comparisons(run, enc):
 
 
 def split_comparisons_by_post(comparisons, tested, rng):
-    """Give each comparison its split, in place. Several share a post: a fifth of the posts is held out, and every one of `tested`."""
+    """Give each comparison its split, in place. Several share a post: held out are the posts that the file holds out (OpenAI's splits
+    valid1 and valid2), or a fifth of the posts where its splits do not have two sides with posts of their own; and every one of `tested`."""
     names = set().union(*map(names_of, tested))
     def key(info):  # an excerpt that was labelled twice is one post, whatever its labels are called
         return info["post"] if (info.get("id") or "").startswith("label-") else post_key(info)
+    train, held_out = ({key(c["info"]) for c in comparisons if str(c.get("split")).startswith(side)} for side in ("train", "valid"))
     keys = sorted({key(c["info"]) for c in comparisons})
-    rng.shuffle(keys)
-    held_out = set(keys[:max(1, len(keys) // 5)])
+    if not train or not held_out or train & held_out or len(train) + len(held_out) < len(keys):
+        rng.shuffle(keys)
+        held_out = set(keys[:max(1, len(keys) // 5)])
     for c in comparisons:
         c["split"] = "valid" if key(c["info"]) in held_out or names & names_of(c["info"]) else "train"
         c["info"].pop("facts", None)

@@ -1,7 +1,7 @@
 """
 Reward model: a scalar for a summary, learned from comparisons; and the collection of those comparisons.
 
-References: Stiennon 2020 §3.3-3.4 and appendices B.1, C; Ziegler 2019 §2.1; InstructGPT 2022 §3.5.
+References: Stiennon 2020 §3.3-3.4 and appendices B.1, C; Ziegler 2019 §2; InstructGPT 2022 §3.5.
 
     python reward.py out/tiny-seed1 --out out/tiny-seed1/reward-again --lr 3e-4
 
@@ -326,12 +326,18 @@ def ungroup(groups):
 def split_comparisons(enc, path, Q, R, stop=None):
     """Read comparisons.jsonl -> (groups to train on, groups held out, the comparisons)."""
     comparisons, _ = load_comparisons(path)
+    check_sides([c.get("split") for c in comparisons], path)
     groups = StoredGroups.of(os.path.join(os.path.dirname(path), "tokens"), path, enc, comparisons, Q, R, stop)
     train, held_out = (groups.take([i for i, g in enumerate(groups.groups) if comparisons[g["index"][0]].get("split") == split])
                        for split in ("train", "valid"))
-    if not train or not held_out:
-        raise DataError(f"{path} leaves {len(train)} posts to train on and {len(held_out)} held out; each side needs one")
     return train, held_out, comparisons
+
+
+def check_sides(splits, path):
+    """Comparisons must be there to train on, and others to measure with."""
+    train, held_out = (splits.count(name) for name in ("train", "valid"))
+    if not train or not held_out:
+        raise DataError(f"{path} leaves {train} comparisons to train on and {held_out} held out, on posts of their own; each side needs one")
 
 
 def backward_groups(model, part, loss, micro):
@@ -377,7 +383,7 @@ def train_reward(model, groups, rows, settings, folder, seed, save_every=50):
 
 @torch.no_grad()
 def normalise(model, queries, responses, gain):
-    """r ← g·r + c so that these responses score 0 on average and, with gain, have variance 1 (biased). (Stiennon §3.4; Ziegler §2.1)
+    """r ← g·r + c so that these responses score 0 on average and, with gain, have variance 1 (biased). (Stiennon §3.4; Ziegler §2)
 
     The gain goes into the head's weights and the shift into its bias: both train on from there, where Ziegler's code keeps two more
     variables that say the same."""

@@ -34,10 +34,10 @@ from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_r
                   save_json_lines, save_vocabulary, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, pretraining_rows, prompts, train_ppo
-from reward import (CollectSettings, RewardSettings, check_labels, collect, group_texts, labeler_agreement, normalising_rows,
+from reward import (CollectSettings, RewardSettings, check_labels, check_sides, collect, group_texts, labeler_agreement, normalising_rows,
                     sample_responses, score_all, split_comparisons, train_reward)
 from sft import (Parser, SFTSettings, add_settings, check, encode_posts, epoch_folder, epoch_losses, evaluate_lm, load_model, open_run,
-                 override, pick_device, run_main, sft_rows, split_rows, stop_rule, stored_posts, train_lm, truncate)
+                 override, pick_device, run_main, seed_number, sft_rows, split_rows, stop_rule, stored_posts, train_lm, truncate)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Settings:
 
 GPT3_1B = {  # what the 1.3B models of Stiennon and InstructGPT share; micro and recompute are ours, and change no gradient
     "model.vocab_size": 50257, "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 2048, "sft.weight_decay": 0.0, "sft.micro": 4,
-    "sft.recompute": True, "reward.batch": 64, "reward.weight_decay": 0.0, "reward.micro": 2, "reward.recompute": True, "ppo.batch": 512,
+    "sft.recompute": True, "reward.batch": 16, "reward.weight_decay": 0.0, "reward.micro": 2, "reward.recompute": True, "ppo.batch": 512,
     "ppo.micro": 4, "ppo.recompute": True}
 GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches from Ziegler's code for 124M
     "model.max_query": 512, "model.max_response": 48, "data.pretrain": 10**6, "data.sft": 10**6, "sft.lr": 6.35e-5, "sft.batch": 128,
@@ -132,11 +132,13 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
         **GPT3_1B, "model.max_query": 512, "model.max_response": 48, "data.pretrain": 287790, "data.sft": 116722, "sft.lr": 6.35e-5,
         "sft.batch": 128, "reward.lr": 1.5e-5, "ppo.lr": 1.5e-5, "ppo.iterations": 1953, "ppo.minibatches": 1},
     "instructgpt-1.3b": {
-        **GPT3_1B, "model.max_query": 1024, "model.max_response": 1024, "data.pretrain": 287790, "data.sft": 12725, "sft.lr": 9.65e-6,
+        **GPT3_1B, "pretrain.query_weight": 1.0, "model.max_query": 1024, "model.max_response": 1024, "data.pretrain": 287790,
+        "data.sft": 12725, "sft.lr": 9.65e-6,
         "sft.batch": 32, "sft.epochs": 16, "sft.warmup": 0, "sft.dropout": 0.2, "sft.mix": 0.1, "sft.choose": "reward",
-        "collect.posts": 33207, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "reward.loss": "kwise", "reward.lr": 9e-6,
-        "reward.warmup": 0, "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10, "ppo.iterations": 500,
-        "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8, "ppo.ema": 0.992},
+        "collect.posts": 33207, "collect.labels": "rank", "collect.k": 9, "collect.k_min": 4, "reward.loss": "kwise", "reward.batch": 64,
+        "reward.lr": 9e-6, "reward.warmup": 0, "ppo.lr": 8.05e-6, "ppo.value_lr": 9e-6, "ppo.schedule": "constant", "ppo.warmup": 10,
+        "ppo.iterations": 500, "ppo.minibatches": 8, "ppo.epochs": 1, "ppo.beta": 0.02, "ppo.temperature": 1.0, "ppo.ptx_coef": 27.8,
+        "ppo.ema": 0.992},
     "ziegler": {"data.task": "sentiment", "data.pretrain": 12000, "data.sft": 500, "model.max_query": 64, "model.max_response": 24,
                 "pretrain.query_weight": 1.0, "sft.epochs": 0,
                 "collect.posts": 5000, "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias",
@@ -256,8 +258,9 @@ def stage_data(run):
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
     model_config(s.model, enc, s.model.max_query, R)
-    groups = group_texts(real.read_comparisons(run, enc)) if run.real else None
-    check_labels(groups or [], s.reward.loss)
+    groups = check_comparisons(run, enc, splits) if run.real else None
+    ppo_prompts = prompts(SimpleNamespace(folder=run.folder, posts=splits, config=run.config))
+    check(len(ppo_prompts) > 0, "data.pretrain must be larger: no post is left for PPO to write summaries of")
     os.makedirs(path(run, "data"), exist_ok=True)
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
@@ -268,6 +271,18 @@ def stage_data(run):
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
     print(f"{', '.join(f'{len(posts)} {name}' for name, posts in splits.items())} posts; {enc.n_vocab} tokens; "
           f"queries up to Q = {Q}, responses up to R = {R} tokens")
+
+
+def check_comparisons(run, enc, splits):
+    """What the reward stage would refuse of people's comparisons, hours later. -> their groups"""
+    comparisons = real.read_comparisons(run, enc)
+    real.split_comparisons_by_post(comparisons, splits["test"] + splits["valid"], random.Random(f"collect-{run.seed}"))
+    check_sides([c["split"] for c in comparisons], run.files["comparisons"] or run.files["labels"])
+    groups = group_texts(comparisons)
+    check_labels(groups, run.settings.reward.loss)
+    for group in groups:
+        encode_query(enc, {**group["query"], "post": ""}, run.settings.model.max_query)  # does its title fit?
+    return groups
 
 
 def check_fit(run, enc, Q, R, rows, groups):
@@ -335,14 +350,15 @@ def mixture(run):
     """[(name, policy, temperature, samples per post)]: whose samples a round's labels compare; after the first the latest policy and
     SFT."""
     k, sft = run.settings.collect.k, load_model(path(run, "sft"), run.device)
-    if run.round == 1 and not run.settings.sft.epochs:  # all from the policy as PPO will sample it (Ziegler §2.1)
+    if run.round == 1 and not run.settings.sft.epochs:  # all from the policy as PPO will sample it (Ziegler §2)
         policies = [("initial", sft, run.settings.ppo.temperature, k)]
     elif run.round == 1:
         part, pretrained = k // 4, load_model(path(run, "pretrained"), run.device)
         policies = [("sft-0.3", sft, 0.3, part), ("sft-0.5", sft, 0.5, k - 2 * part), ("pretrained-0.5", pretrained, 0.5, part)]
     else:
         latest, temperature = load_model(of_round(run, "ppo", run.round - 1), run.device), run.settings.ppo.temperature
-        policies = [(f"ppo-{run.round - 1}-{temperature}", latest, temperature, k - k // 2), ("sft-0.5", sft, 0.5, k // 2)]
+        after = 0.5 if run.settings.sft.epochs else temperature  # as in the first round
+        policies = [(f"ppo-{run.round - 1}-{temperature}", latest, temperature, k - k // 2), (f"sft-{after}", sft, after, k // 2)]
     return [policy for policy in policies if policy[3]]
 
 
@@ -629,7 +645,7 @@ def main():
     parser.add_argument("--out", help="folder of the run (default out/PRESET-seedN)")
     parser.add_argument("--base", help="folder of an earlier run: stages whose settings are the same are copied from it; of "
                         "one with another seed the data, the language model and the SFT model")
-    parser.add_argument("--seed", type=int, default=1, help="seed of everything (default 1)")
+    parser.add_argument("--seed", type=seed_number, default=1, help="seed of everything (default 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     for file, what in real.FILES.items():
         parser.add_argument("--" + file.replace("_", "-"), nargs="+" if file == "text" else None, metavar="FILE", help=what)

@@ -151,6 +151,9 @@ class MetricsLog:
         self.file = open(self.path, "a")
 
     def write(self, step, **values):
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DataError(f"{name} is {value} at step {step} of {os.path.dirname(self.path)}: training has diverged; lower its learning rate")
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
 
@@ -195,6 +198,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists every option\n")
+
+
+def seed_number(text):
+    """The type of --seed: what every generator takes."""
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 999999999, found {text!r}")
+    return int(text)
 
 
 def true_or_false(text):
@@ -287,7 +297,7 @@ def alone(doc, stage, settings_class, refuse):
     parser.add_argument("run", help="folder of a run that run.py made")
     parser.add_argument("--out", help=f"where the result goes (default RUN/{stage}-alone)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    parser.add_argument("--seed", type=int, help="seed (default the run's)")
+    parser.add_argument("--seed", type=seed_number, help="seed (default the run's)")
     add_settings(parser, settings_class(), default="the run's")
     args = parser.parse_args()
     run = open_run(args.run)
@@ -299,6 +309,8 @@ def alone(doc, stage, settings_class, refuse):
         raise DataError(f"{out} already holds a trained model; name another folder with --out")
     os.makedirs(out, exist_ok=True)
     file, asked = os.path.join(out, "settings.json"), {"seed": run.seed, **dataclasses.asdict(settings)}
+    if os.listdir(out) and not os.path.exists(file):  # a run's folder, say: its config.json is not ours to write
+        raise DataError(f"{out} is not empty and was not begun by this command; name another folder with --out")
     if os.path.exists(file):
         with open(file) as f:
             old = json.load(f)

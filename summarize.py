@@ -22,7 +22,7 @@ from tqdm import tqdm
 from corpus import book_text
 from data import TASKS, DataError, decode_response, encode_query, query_text
 from reward import sample_responses, score_all
-from sft import Parser, load_model, open_run, pick_device, run_main
+from sft import Parser, load_model, open_run, pick_device, run_main, seed_number
 
 MARKS = (r"\n\s*\n", r"(?<=[.!?])\s+", r"\s+", r"")  # what ends a paragraph, a sentence, a word, a character
 STAGES = ("ppo", "sft", "pretrained")
@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument("--title", default="", help="title of the text (default none)")
     parser.add_argument("--subreddit", help="subreddit to write for (default the most frequent of the run)")
     parser.add_argument("--show-parts", action="store_true", help="also show every part with its summary")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the samples (default 1)")
+    parser.add_argument("--seed", type=seed_number, default=1, help="seed of the samples (default 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args(argv)
     out = sys.stdout

@@ -16,7 +16,7 @@ import evaluation
 import figures
 import world
 from data import DataError
-from evaluation import bootstrap_ci
+from evaluation import crossed_ci
 from run import preset
 
 
@@ -32,19 +32,13 @@ def test_gao_forms_recover_what_was_planted():
         assert 0 < figures.fit_gao(kl, np.add(y, noise), form)[2] <= .1  # root mean square, not the sum
 
 
-def test_intervals_over_seeds_and_posts():
-    """Catches an interval that forgets the seeds, or the posts: one seed gives the bootstrap over posts, spread of seeds widens it."""
-    x = np.random.default_rng(0).normal(size=200)
-    mean, interval = figures.mean_ci([x])
-    assert mean == pytest.approx(x.mean()) and interval == pytest.approx(bootstrap_ci(x), abs=.02)
-    width = [hi - lo for values in ([x, x, x], [x - 1, x, x + 1], [[0.] * 9, [1.] * 9]) for lo, hi in [figures.mean_ci(values)[1]]]
-    assert width[0] == pytest.approx(interval[1] - interval[0], rel=.1) and width[1] > 3 * width[0] and width[2] == 1
-    truth, held = np.random.default_rng(1), 0
-    for _ in range(100):  # 8 seeds that differ by .3, posts by 1
-        values = truth.normal(0, .3, (8, 1)) + truth.normal(0, 1, (1, 60)) + truth.normal(0, .5, (8, 60))
-        low, high = figures.mean_ci(values, draws=300)[1]
-        held += low < 0 < high
-    assert 87 <= held
+def test_columns_of_a_table_are_over_posts_and_seeds():
+    """Catches seeds taken for posts."""
+    values = np.random.default_rng(0).normal(size=(3, 40))
+    seeds, posts = np.repeat(range(3), 40), np.tile(range(40), 3)
+    row = figures.row_of({"x": values, "one": values[:1]})
+    assert (row["x"], [row["x_low"], row["x_high"]]) == (pytest.approx(values.mean()), crossed_ci(values.ravel(), posts, seeds))
+    assert [row["one_low"], row["one_high"]] == crossed_ci(values[0], range(40), [0] * 40)
 
 
 def test_points_per_doubling_recover_what_was_planted():

@@ -269,6 +269,8 @@ def test_forward_and_saved_layout_against_numpy(tmp_path, g):
                                atol=2e-5, rtol=0)
     scalar = tiny_model("scalar", seed=1)
     scalar.save_pretrained(tmp_path / "scalar")
+    with pytest.raises(ValueError, match="not a language model"):
+        GPT.from_pretrained(tmp_path / "scalar")
     hidden, t = naive_gpt2(tmp_path / "scalar", ids)
     assert scalar.scores(torch.tensor([ids]), torch.tensor([7])).item() == pytest.approx(hidden[-1] @ t["score.weight"][0], abs=1e-5)
 

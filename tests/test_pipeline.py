@@ -400,6 +400,25 @@ def test_a_stage_alone_does_not_mix_settings(finished, tmp_path):
     assert not (tmp_path / "alone" / "state.pt").exists()
 
 
+def test_a_stage_alone_writes_over_no_run(finished, tmp_path):
+    """Catches --out RUN: a model's config.json in the place of the run's."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    for folder in (tmp_path / "run", tmp_path / "run" / "evaluation"):
+        refused(script("ppo.py", tmp_path / "run", "--out", folder, "--device", "cpu"), str(folder), "not begun by this command")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--seed", "9" * 30], "0 to 999999999"), (["--seed", "-1"], "0 to 999999999"), (["--data.pretrain", "1", "--seed", "2"], "data.pretrain")])
+def test_what_would_fail_hours_later_is_refused_at_once(tmp_path, monkeypatch, capsys, args, says):
+    """Catches a seed that no generator takes, and a PPO without prompts behind four stages."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--preset", "test", "--out", str(tmp_path / "o"), *args])
+    with pytest.raises((DataError, SystemExit)) as error:
+        run.main()
+    assert says in str(error.value) + capsys.readouterr().err and not (tmp_path / "o" / "pretrained").exists()
+
+
 def test_ppo_takes_its_prompts_from_the_task(finished):
     """Other subreddits are for pretraining only."""
     import world

@@ -460,6 +460,17 @@ def test_micro_batches_and_recomputing_change_no_gradient(iteration, g, monkeypa
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_the_largest_log_ratio_is_that_of_all_parts(iteration, g):
+    """Catches a mean of maxima, which moves with the size of the parts that a minibatch is cut into."""
+    policy, _, _, value, s, _, r = iteration
+    s.epochs, s.minibatches, out = 2, 2, []
+    for micro in (0, 2):
+        s.micro, models = micro, [copy.deepcopy(policy), copy.deepcopy(value)]
+        out.append(update(*models, make_optimizer(models, 1e-3, 0.0), r, s, torch.Generator().manual_seed(1)))
+    assert out[1]["max_log_ratio"] == pytest.approx(out[0]["max_log_ratio"], rel=1e-2) and out[0]["max_log_ratio"] > .01
+    assert max(stats["first_log_ratio"] for stats in out) < 1e-4
+
+
 def test_update_refuses_a_policy_that_did_not_sample(iteration, g):
     """Catches a temperature that differs between sampling and training, at run time."""
     policy, _, _, value, s, _, r = iteration

@@ -92,6 +92,34 @@ def test_comparisons_are_split_by_post_and_tested_posts_are_held_out():
     assert rows[0]["summaries"][0]["note"] == "n" and rows[0]["worker"] == "w"
 
 
+@pytest.mark.parametrize("own, kept", [
+    (["train"] * 6 + ["valid1"] * 2 + ["valid2"] * 2, True), (["valid1"] * 6 + ["valid2"] * 4, False), ([None] * 10, False),
+    (["train"] * 5 + ["valid1"] * 5, False), (["train"] * 4 + ["valid1"] * 4 + ["test"] * 2, False)])
+def test_a_files_own_split_counts(own, kept):
+    """... where both sides have posts of their own. Catches held-out posts that were trained on, and an accuracy on other posts than the
+    file's; in the last two a post is on both sides, or on neither."""
+    rows = [comparison(post(i // 2 if own.count("valid1") != 5 else i % 3), i) for i in range(10)]
+    for row, name in zip(rows, own):
+        row["split"] = name
+    real.split_comparisons_by_post(rows, [], random.Random(1))
+    held_out = [i for i, row in enumerate(rows) if row["split"] == "valid"]
+    assert (held_out == [6, 7, 8, 9]) == kept and 0 < len(held_out) < 10
+    assert not {rows[i]["info"]["post"] for i in held_out} & {row["info"]["post"] for row in rows if row["split"] == "train"}
+    real.split_comparisons_by_post(rows, [post(0)], random.Random(1))
+    assert rows[0]["split"] == "valid"
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"title": "long " * 200}, "its title alone"), ({"id": "t3_0"}, "leaves 0 comparisons to train on|held out, on posts of their own")])
+def test_comparisons_that_the_reward_stage_would_refuse_are_refused_at_once(tmp_path, changes, says):
+    """Catches pretraining for hours in front of comparisons that cannot be used: a title too long, or all of them about one post."""
+    rows = [comparison(post(100 + i, **(changes if i == 3 or "id" in changes else {}), **({"post": "one"} if "id" in changes else {})), i)
+            for i in range(12)]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", [post(i) for i in range(40)]), comparisons=write(tmp_path / "c.jsonl", rows))
+    with pytest.raises(DataError, match=says):
+        run.stage_data(r)
+
+
 def test_the_filter_drops_what_the_paper_drops(tmp_path):
     posts = [post(i, subreddit="tifu" if i % 2 else "elsewhere", summary=words(30)) for i in range(60)]
     r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts))

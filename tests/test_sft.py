@@ -298,6 +298,13 @@ def test_metrics_log_drops_what_comes_again(tmp_path):
     assert read_metrics(tmp_path / "nowhere") == []
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_training_that_has_diverged_says_so(tmp_path, value):
+    """Catches NaN weights that later draw a token that there is not."""
+    with pytest.raises(DataError, match="loss is -?(nan|inf) at step 7 .*diverged"):
+        MetricsLog(tmp_path, 0).write(7, grad_norm=1.0, loss=value)
+
+
 def test_state_goes_out_and_in(g, tmp_path):
     """Catches a generator, optimizer or extra value that does not come back; another shape is refused in a sentence."""
     model = tiny_model()
