@@ -46,7 +46,7 @@ Figure = namedtuple("Figure", "name title measure draw caption minutes")
 SIZES = {"small": 0.5, "medium": 0.75, "default": 1.0}  # share of the preset's width and depth; nothing is larger, for time
 QUICK = {"data.pretrain": 4000, "collect.posts": 300, "collect.held_out_posts": 100, "data.test": 100, "ppo.iterations": 8,
          "evaluation.best_of": 1}
-FULL = {"collect.held_out_posts": 250, "evaluation.best_of": 1}  # best of n has a figure of its own
+FULL = {"collect.held_out_posts": 250, "data.test": 300, "evaluation.best_of": 1}  # best of n has a figure of its own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def caption_transfer(measured):
 
 # what brings the turn out within minutes: a reward model from a few hundred comparisons, and PPO without a KL penalty
 WEAK = {"collect.posts": 40, "collect.held_out_posts": 100, "reward.batch": 2, "reward.epochs": 4}
-LONG = {"ppo.beta": 0.0, "ppo.iterations": 20, "ppo.snapshots": 2}
+LONG = {"ppo.beta": 0.0, "ppo.iterations": 16, "ppo.snapshots": 2}
 TEST_WEAK, TEST_LONG = {"collect.posts": 8}, {"ppo.iterations": 2, "ppo.snapshots": 1}  # of the preset test
 CURVES = ("gold", "labelers", "predicted", "utility", "score")
 

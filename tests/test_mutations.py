@@ -193,8 +193,6 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("figures", 'np.log(d) if form == "ppo" else d)]', 'd if form == "ppo" else np.log(d))]', "gao_forms_recover_what_was_planted"),
     ("figures", "d = np.sqrt(np.asarray(kl, float))", "d = np.asarray(kl, float)", "gao_forms_recover_what_was_planted"),
     ("figures", "np.sqrt(np.mean((X @ theta - gain) ** 2))", "np.sqrt(np.sum((X @ theta - gain) ** 2))", "gao_forms_recover_what_was_planted"),
-    ("figures", "means = ((seeds @ values) * posts)", "means = (values.mean(0) * posts)", "intervals_over_seeds_and_posts"),
-    ("figures", "means = ((seeds @ values) * posts)", "means = ((seeds @ values) / N)", "intervals_over_seeds_and_posts"),
     ("figures", 'probes.preference(labeler, p, t, p["summary"])', 'probes.preference(labeler, p, p["summary"], t)', "what_a_curve_is_made_of"),
     ("figures", "np.asarray(reference_scores) - np.asarray(scores)", "np.asarray(scores) - np.asarray(reference_scores)", "what_a_curve_is_made_of"),
     ("figures", 'math.log2(r["comparisons"]), math.log2(r["parameters"])]', 'math.log2(r["parameters"]), math.log2(r["comparisons"])]',
@@ -204,8 +202,6 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("world", "unaccounted = read(summary, world_of(post))", "unaccounted = read(summary)", "news_are_another_world"),
     ("run", 'run.posts["collect"][:s.posts]', 'run.posts["collect"]', "pipeline::a_run_may_end_early_and_compare_fewer_posts_than_its_base"),
     # probes.py
-    ("probes", "totals, sizes = (((of_seeds @ x) * of_posts)", "totals, sizes = (((of_seeds @ x) * of_posts.mean(0))", "rate_draws_posts_and_seeds_whole"),
-    ("probes", "totals, sizes = (((of_seeds @ x)", "totals, sizes = ((x.mean(0)", "rate_draws_posts_and_seeds_whole"),
     ("probes", "labeler.worth(post, a, w) - labeler.worth(post, b, w)", "labeler.worth(post, b, w) - labeler.worth(post, a, w)",
      "preference_is_what_labelers_do"),
     ("probes", "labeler.worth(post, b, w)) / labeler.noise", "labeler.worth(post, b, w)) * labeler.noise", "preference_is_what_labelers_do"),
@@ -244,6 +240,25 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("evaluation", "nats / math.log(2) / len(raw)", "nats / len(raw)", "real::bits_per_byte_token_by_token"),
     ("estimate", "block += rows * c.n_head * T * T * half", "block += 0", "real::what_is_kept_is_what_autograd_keeps"),
     ("estimate", "memory > free:", "memory < free:", "real::what_cannot_fit_is_refused_with_advice"),
+    # intervals: for other posts and seeds, and not too narrow for few choices
+    ("evaluation", "t**2 * np.var(", "np.var(", "intervals_over_posts_and_seeds_hold_what_they_say"),
+    ("evaluation", "for names in (posts, seeds)]", "for names in (posts, posts)]", "intervals_over_posts_and_seeds_hold_what_they_say"),
+    ("evaluation", "STUDENT[min(S, 10) - 2]", "STUDENT[min(S, 9) - 1]", "intervals_over_posts_and_seeds_hold_what_they_say"),
+    ("evaluation", "n * min(p, 1 - p) < 10", "n * min(p, 1 - p) < 0", "few_choices_do_not_make_a_narrow_interval"),
+    ("evaluation", "np.isin(values, (0, .5, 1)).all() and ", "", "few_choices_do_not_make_a_narrow_interval"),
+    ("evaluation", "(p + z * z / (2 * n))", "p", "few_choices_do_not_make_a_narrow_interval"),
+    ("evaluation", "length_controlled_win_rate(y[rows], x[rows]) for", "y[rows].mean() for", "the_rate_at_equal_length_has_an_interval_that_covers"),
+    ("evaluation", "out += kl.sum(1).tolist()", "out += kl.mean(1).tolist()",
+     "sampled_kl_is_0_for_the_policy_itself_and_exact_in_each_state_of_another"),
+    ("evaluation", "compare_policies(policy, ref_policy, tokens, query_lengths", "compare_policies(ref_policy, policy, tokens, query_lengths",
+     "sampled_kl_is_0_for_the_policy_itself_and_exact_in_each_state_of_another"),
+    ("figures", "posts.ravel(), seeds.ravel())", "seeds.ravel(), posts.ravel())", "columns_of_a_table_are_over_posts_and_seeds"),
+    ("probes", "crossed_ci(values, posts, seeds)", "crossed_ci(values, range(len(posts)), seeds)", "rate_is_over_posts_and_seeds"),
+    # people's splits; what is refused before any work
+    ("real", "if not train or not held_out or train & held_out or", "if not train or not held_out or", "a_files_own_split_counts"),
+    ("real", " or len(train) + len(held_out) < len(keys):", ":", "a_files_own_split_counts"),
+    ("real", 'in held_out or names & names_of(c["info"]) else', "in held_out else", "a_files_own_split_counts"),
+    ("ppo", 'largest = max(largest, stats["max_log_ratio"])', 'largest += stats["max_log_ratio"]', "the_largest_log_ratio_is_that_of_all_parts"),
 ]
 
 
