@@ -108,8 +108,8 @@ GPT2_STYLE = {  # Ziegler's code: no SFT, best of 4, gain and bias, a shared val
     "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.epochs": 0,
     "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
     "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "collect.posts": 5000, "ppo.lr": 1e-5, "ppo.batch": 512,
-    "ppo.minibatches": 1, "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared", "ppo.whiten_rewards": True,
-    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
+    "ppo.minibatches": 1, "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared",
+    "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -347,7 +347,7 @@ def mock_labeler(run):
         save_vocabulary(run.enc, folder)
         sentiment.train_labeler(model, train, run.settings.reward, folder, run.seed)
         labels = np.array([label for _, label in held_out])
-        right = (sentiment.score_rows(model, [list(ids) for ids, _ in held_out]).numpy() > 0) == labels
+        right = (score_all(model, [[model.config.eos]] * len(labels), [list(ids) for ids, _ in held_out])[:, 0].numpy() > 0) == labels
         m = {"accuracy": float(right.mean()), "accuracy_ci": evaluation.bootstrap_ci(right), "n": len(right),
              "majority": float(max(labels.mean(), 1 - labels.mean()))}
         write_atomic(os.path.join(folder, "held_out.json"), json.dumps(m))
@@ -502,8 +502,8 @@ def same_stages(base, old, new):
     differ = {key for key, value in b["ppo"].items() if a.get("ppo", {}).get(key) != value}
     if differ & {"stop_token", "truncate_after"} or b["collect"]["rounds"] > 1 and (differ or a.get("reward") != b["reward"]) or \
             b["sft"]["epochs"] == 0 and "temperature" in differ or real.has_mock(new) and a.get("reward") != b["reward"]:
-        a = {**a, "collect": None}  # what is labelled ends by this rule; without SFT it is sampled as in PPO; in later rounds PPO made
-                                     # it; a mock labeler is trained as the reward model is
+        a = {**a, "collect": None}  # what is labelled ends by this rule; without SFT it is sampled as in PPO; in later rounds PPO made it
+        # (and a mock labeler is trained with the reward model's settings)
     if b["reward"]["normalise"] == "gain_bias" and "temperature" in differ:
         a = {**a, "reward": None}
     if b["sft"]["choose"] == "reward":  # this SFT model was chosen after the reward model

@@ -1,5 +1,5 @@
 """
-The mock labeler: a classifier of sentiment takes the place of people, so that the whole of the sentiment task runs and its true reward is known.
+The mock labeler: a classifier of sentiment takes the place of people, so that the true reward of the sentiment task is known.
 
 Reference: Ziegler 2019 §3.1 and §3.1.1.
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DataError, load_sst2
-from reward import score_all, score_responses
+from reward import score_responses
 from sft import MetricsLog, batches, cosine, load_state, make_optimizer, save_state, set_lr
 
 
@@ -40,7 +40,7 @@ def split_sentences(path, enc, most, seed):
     random.Random(seed).shuffle(rows)
     held_out, train = rows[:len(rows) // 10], rows[len(rows) // 10:]
     if not held_out or len({label for _, label in train}) < 2:
-        raise DataError(f"{path} has {len(rows)} different sentences; a labeler needs at least 10, of which some are positive and some negative")
+        raise DataError(f"{path} has {len(rows)} different sentences; a labeler needs at least 10, some of them positive and some negative")
     return held_out, train
 
 
@@ -63,11 +63,6 @@ def train_labeler(model, rows, s, folder, seed, save_every=50):
         if (step + 1) % save_every == 0 and step + 1 < len(plan):
             save_state(folder, step + 1, [model], optimizer, generator)
     model.save_pretrained(folder)
-
-
-def score_rows(model, rows):
-    """r_s of each row of ids -> [len(rows)] on the CPU"""
-    return score_all(model, [[model.config.eos]] * len(rows), rows)[:, 0]
 
 
 class MockLabeler:

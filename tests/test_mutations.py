@@ -254,7 +254,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("sentiment", "scores.index(max(scores))", "scores.index(min(scores))", "the_labeler_takes_the_best_of_excerpt_and_continuation"),
     ("evaluation", 'labeler.scores(row["post"]', 'labeler.scores(rows[0]["post"]', "sentiment::what_the_mock_says_of_policies"),
     ("evaluation", "(1 / (1 + np.exp(-scores)))", "(1 / (1 + np.exp(scores)))", "sentiment::what_the_mock_says_of_policies"),
-    ("run", ".numpy() > 0) == labels", ".numpy() < 0) == labels", "sentiment::a_whole_run_is_labelled_by_the_classifier"),
+    ("run", "[:, 0].numpy() > 0) == labels", "[:, 0].numpy() < 0) == labels", "sentiment::a_whole_run_is_labelled_by_the_classifier"),
     ("run", ' or real.has_mock(new) and a.get("reward") != b["reward"]', "", "sentiment::labels_depend_on_what_the_classifier_was_trained_with"),
     ("real", '(("held_out",), tested, c.held_out_posts)', '(("held_out",), trained, c.held_out_posts)', "sentiment::a_whole_run_is_labelled_by_the_classifier"),
     ("estimate", '3 * sizes["mock"] * s.reward.epochs + rows * T', "rows * T", "sentiment::operations_of_the_labeler_are_those_done"),

