@@ -346,7 +346,8 @@ def measure_policies(rows):
             entry["rouge"] = rouge([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
         if "mock" in mine[0]:
             scores = np.array([s["mock"] for s in mine])
-            entry |= {"mock_score": (float(scores.mean()), bootstrap_ci(scores)), "mock_positive": float((1 / (1 + np.exp(-scores))).mean())}
+            entry |= {"mock_score": (float(scores.mean()), bootstrap_ci(scores)),
+                      "mock_positive": float((1 / (1 + np.exp(-scores))).mean())}
         rm = wins([s["score"] for s in mine], [s["score"] for s in ref])
         kls = [s["kl"] for s in mine if s["kl"] is not None]
         out[name] = entry | {
@@ -552,7 +553,7 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
             f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which their noise sets.")]
     if reward.get("mock"):
-        out.append(mock_text(reward["mock"]) + " The table's log-odds and share of positive texts are this classifier's, of excerpt and continuation.")
+        out.append(mock_text(reward["mock"]) + " The table's log-odds and probability of positive are its own, of excerpt and continuation.")
     if reward.get("labeler_agreement"):
         a = reward["labeler_agreement"]
         out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with each "

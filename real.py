@@ -27,8 +27,8 @@ FILES = {  # option of run.py: what it is
     "prompts": "more posts, with or without summaries, as prompts of PPO (default: the posts that are trained on)",
     "test_posts": "posts to test on, never trained on (default: an eighth of --posts, at most data.test)",
     "text": "text files or a folder of them (.txt, .txt.gz): pretraining reads them too; a continuation task cuts its queries from them",
-    "labels": "4-way labels in Ziegler's format, for a continuation task; or a .tsv of sentences, each with a tab and 0 or 1 (SST-2): a classifier "
-              "that is trained on them is the labeler",
+    "labels": "4-way labels in Ziegler's format, for a continuation task; or a .tsv of sentences, each with a tab and 0 or 1 (SST-2): "
+              "a classifier that is trained on them is the labeler",
 }
 CONTINUATIONS = ("sentiment", "descriptiveness")
 

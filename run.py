@@ -109,7 +109,8 @@ GPT2_STYLE = {  # Ziegler's code: no SFT, best of 4, gain and bias, a shared val
     "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
     "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "collect.posts": 5000, "ppo.lr": 1e-5, "ppo.batch": 512,
     "ppo.minibatches": 1, "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared",
-    "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
+    "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5,
+    "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -485,8 +486,8 @@ def open_folder(out, config):
             raise DataError(f"{out} was made with {key} = {old.get(key)}, now it is {value}; name another folder with --out")
 
 
-SHARED = {"data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",), "collect": ("comparisons.jsonl", "labelers.json", "mock"),
-          "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
+SHARED = {"data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",),
+          "collect": ("comparisons.jsonl", "labelers.json", "mock"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
 
 
 def same_stages(base, old, new):
@@ -642,12 +643,12 @@ def main():
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
     real.check_files(files, settings.data.task)
-    mock, given = real.has_mock(files), [f.name for f in dataclasses.fields(CollectSettings) if getattr(args, "collect." + f.name) is not None]
+    given = [f.name for f in dataclasses.fields(CollectSettings) if getattr(args, "collect." + f.name) is not None]
+    mock, habits = real.has_mock(files), {"noise", "tie", "length_bias", "copy_bias", "flipped"}.intersection(given)
     if any(files.values()) and given and not mock:
         raise DataError("--collect settings go with the labelers of the embedded world; in files people have labelled")
-    habits = {"noise", "tie", "length_bias", "copy_bias", "flipped"}.intersection(given)
     if mock and habits:
-        raise DataError(f"--collect.{min(habits)} is for the labelers of the embedded world; the classifier of --labels always takes the best")
+        raise DataError(f"--collect.{min(habits)} is for labelers of the embedded world; the classifier of --labels always takes the best")
     check_together(settings, real=any(files.values()) and not mock)
     run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.device, **files)
 

@@ -47,10 +47,12 @@ def log_odds(model, ids):
 def test_log_odds_loss_by_hand():
     """Catches a sign, a label that counts for the other side, a sum for the mean: minus the log of the probability of just these labels."""
     scores, labels = torch.tensor([2., -1., .5], dtype=torch.float64, requires_grad=True), [1, 0, 0]
-    chance = {way: math.prod(math.exp(s * l) / (1 + math.exp(s)) for s, l in zip(scores.tolist(), way)) for way in itertools.product((0, 1), repeat=3)}
+    chance = {way: math.prod(math.exp(s * l) / (1 + math.exp(s)) for s, l in zip(scores.tolist(), way))
+              for way in itertools.product((0, 1), repeat=3)}
     assert sum(chance.values()) == pytest.approx(1)
     loss = sentiment.log_odds_loss(scores, torch.tensor(labels))
-    assert loss.item() == pytest.approx(-math.log(chance[1, 0, 0]) / 3) and loss.item() == pytest.approx((.126928 + .313262 + .974077) / 3, abs=1e-5)
+    assert loss.item() == pytest.approx(-math.log(chance[1, 0, 0]) / 3)
+    assert loss.item() == pytest.approx((.126928 + .313262 + .974077) / 3, abs=1e-5)
     loss.backward()
     probability = 1 / (1 + np.exp(-scores.detach().numpy()))
     np.testing.assert_allclose(scores.grad.numpy(), (probability - labels) / 3)
@@ -67,11 +69,13 @@ def test_rows_are_the_ends_of_texts_as_sst2_writes_them(enc):
 def test_sentences_are_tested_on_or_trained_on(enc, tmp_path):
     """Catches a sentence on both sides: one that comes twice, or in other letters."""
     file = tmp_path / "s.tsv"
-    file.write_text("".join(f"my dog ate {'cat ' * (i % 40)}{'!' * (i % 7)}\t{i % 40 % 2}\n" for i in range(40)) * 2 + "My dog ate!\t1\nmy dog ate !\t1\n")
+    lines = "".join(f"my dog ate {'cat ' * i}{'!' * (i % 7)}\t{i % 2}\n" for i in range(40))
+    file.write_text(lines * 2 + "My dog ate!\t1\nmy dog ate !\t1\n")
     held_out, train = sentiment.split_sentences(str(file), enc, 80, 1)
     assert len(held_out) == 4 and len(train) == 37 and not {ids for ids, _ in held_out} & {ids for ids, _ in train}
     assert sentiment.split_sentences(str(file), enc, 80, 2)[0] != held_out
-    for text, says in (("a\t1\n" + "".join(f"{'b' * i}\t1\n" for i in range(1, 40)), "some of them positive"), ("a\t1\nb\t0\n", "2 different")):
+    positive = "".join(f"{'b' * i}\t1\n" for i in range(1, 40))
+    for text, says in ((positive, "some of them positive"), ("a\t1\nb\t0\n", "2 different")):
         file.write_text(text)
         with pytest.raises(DataError, match=says):
             sentiment.split_sentences(str(file), enc, 80, 1)
@@ -122,7 +126,8 @@ def test_what_the_mock_says_of_policies(enc, tmp_path):
     tiny_model("scalar", vocab_size=enc.n_vocab).save_pretrained(tmp_path / "mock")
     rng = random.Random(3)
     rows = [{"post": {"id": str(i), "post": sentence(rng, i % 2) + ".", "task": "sentiment", "summary": ""},
-             "policies": {name: {"text": sentence(rng, 1), "score": 0., "kl": None, "length": 6, "eos": True} for name in ("reference", "ppo")}} for i in range(5)]
+             "policies": {name: {"text": sentence(rng, 1), "score": 0., "kl": None, "length": 6, "eos": True} for name in ("reference", "ppo")}}
+            for i in range(5)]
     evaluation.ask_mock(str(tmp_path), enc, rows, "cpu")
     assert "mock" not in rows[0]["policies"]["ppo"]  # before there is a finished labeler
     (tmp_path / "mock" / "held_out.json").write_text("{}")
@@ -137,7 +142,8 @@ def test_what_the_mock_says_of_policies(enc, tmp_path):
         assert measured[name]["mock_score"] == (pytest.approx(sum(scores) / 5), evaluation.bootstrap_ci(scores))
         assert measured[name]["mock_positive"] == pytest.approx(sum(1 / (1 + math.exp(-x)) for x in scores) / 5)
     header, table = evaluation.table_rows(measured)
-    assert header[1:4] == ["log-odds of positive", "positive", "RM win rate"] and table[0][2] == f"{measured['reference']['mock_positive']:.1%}"
+    assert header[1:4] == ["log-odds of positive", "positive", "RM win rate"]
+    assert table[0][2] == f"{measured['reference']['mock_positive']:.1%}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +156,8 @@ def finished(tmp_path_factory, tsv):
     for name in "ab":
         (folder / f"{name}.txt").write_text("\n".join(sentence(rng, rng.randrange(2), 4) + "." for _ in range(2400)))
     settings = run.preset("test", {
-        "data.task": "sentiment", "model.vocab_size": 300, "model.max_query": 64, "model.max_response": 24, "sft.epochs": 0, "collect.labels": "best_of",
-        "collect.posts": 40, "collect.held_out_posts": 12, "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 2e-3,
+        "data.task": "sentiment", "model.vocab_size": 300, "model.max_query": 64, "model.max_response": 24, "sft.epochs": 0,
+        "collect.labels": "best_of", "collect.posts": 40, "collect.held_out_posts": 12, "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 2e-3,
         "ppo.stop_token": ".", "ppo.truncate_after": 4})
     files = {"text": [str(folder / f"{name}.txt") for name in "ab"], "labels": tsv}
     run.run_pipeline(settings, 1, str(folder / "out"), "test", device="cpu", **files)
@@ -172,7 +178,8 @@ def test_a_whole_run_is_labelled_by_the_classifier(finished):
     assert {s["policy"] for row in rows for s in row["summaries"]} == {"initial"} and {row["worker"] for row in rows} == {"mock"}
     m = json.loads((out / "mock" / "held_out.json").read_text())
     held_out, _ = sentiment.split_sentences(finished[2]["labels"], r.enc, labeler.model.config.n_positions - 1, 1)
-    assert m["accuracy"] == pytest.approx(np.mean([(log_odds(labeler.model, list(ids)) > 0) == label for ids, label in held_out]), abs=.06) and m["n"] == 40
+    right = [(log_odds(labeler.model, list(ids)) > 0) == label for ids, label in held_out]
+    assert m["accuracy"] == pytest.approx(np.mean(right), abs=.06) and m["n"] == 40  # where products are in bfloat16
     assert abs(m["accuracy"] - .5) > .15 and m["majority"] == max(np.mean([label == k for _, label in held_out]) for k in (0, 1))
     results = json.loads((out / "report" / "results.json").read_text())
     assert results["reward_model"]["mock"] == m and len(results["policies"]["ppo"]["mock_score"]) == 2
@@ -193,7 +200,8 @@ def test_labels_depend_on_what_the_classifier_was_trained_with(finished):
     assert run.same_stages(str(out), *human) == names[:4]
 
 
-@pytest.mark.parametrize("option, says", [("noise", "always takes the best"), ("flipped", "always takes the best"), ("posts", None), ("labels", "reward.loss")])
+@pytest.mark.parametrize("option, says", [
+    ("noise", "always takes the best"), ("flipped", "always takes the best"), ("posts", None), ("labels", "reward.loss")])
 def test_which_settings_of_the_collection_go_with_the_mock(finished, monkeypatch, option, says):
     out, settings, files = finished
     seen, value = [], {"noise": "2", "flipped": "true", "posts": "99", "labels": "rank"}[option]
