@@ -553,7 +553,7 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
             f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which their noise sets.")]
     if reward.get("mock"):
-        out.append(mock_text(reward["mock"]) + " The table's log-odds and probability of positive are its own, of excerpt and continuation.")
+        out.append(mock_text(reward["mock"]) + " The table's log-odds and probability of positive are its, of excerpt and continuation.")
     if reward.get("labeler_agreement"):
         a = reward["labeler_agreement"]
         out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with each "

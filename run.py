@@ -487,7 +487,8 @@ def open_folder(out, config):
 
 
 SHARED = {"data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",),
-          "collect": ("comparisons.jsonl", "labelers.json", "mock"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
+          "collect": ("comparisons.jsonl", "labelers.json", "mock"), "reward": ("reward",),
+          "ppo": ("ppo",), "evaluation": ("evaluation",)}  # what each stage leaves behind
 
 
 def same_stages(base, old, new):

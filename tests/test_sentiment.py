@@ -126,8 +126,8 @@ def test_what_the_mock_says_of_policies(enc, tmp_path):
     tiny_model("scalar", vocab_size=enc.n_vocab).save_pretrained(tmp_path / "mock")
     rng = random.Random(3)
     rows = [{"post": {"id": str(i), "post": sentence(rng, i % 2) + ".", "task": "sentiment", "summary": ""},
-             "policies": {name: {"text": sentence(rng, 1), "score": 0., "kl": None, "length": 6, "eos": True} for name in ("reference", "ppo")}}
-            for i in range(5)]
+             "policies": {name: {"text": sentence(rng, 1), "score": 0., "kl": None, "length": 6, "eos": True}
+                          for name in ("reference", "ppo")}} for i in range(5)]
     evaluation.ask_mock(str(tmp_path), enc, rows, "cpu")
     assert "mock" not in rows[0]["policies"]["ppo"]  # before there is a finished labeler
     (tmp_path / "mock" / "held_out.json").write_text("{}")
@@ -157,7 +157,8 @@ def finished(tmp_path_factory, tsv):
         (folder / f"{name}.txt").write_text("\n".join(sentence(rng, rng.randrange(2), 4) + "." for _ in range(2400)))
     settings = run.preset("test", {
         "data.task": "sentiment", "model.vocab_size": 300, "model.max_query": 64, "model.max_response": 24, "sft.epochs": 0,
-        "collect.labels": "best_of", "collect.posts": 40, "collect.held_out_posts": 12, "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 2e-3,
+        "collect.labels": "best_of", "collect.posts": 40, "collect.held_out_posts": 12, "reward.loss": "best_of",
+        "reward.normalise": "gain_bias", "reward.lr": 2e-3,
         "ppo.stop_token": ".", "ppo.truncate_after": 4})
     files = {"text": [str(folder / f"{name}.txt") for name in "ab"], "labels": tsv}
     run.run_pipeline(settings, 1, str(folder / "out"), "test", device="cpu", **files)
