@@ -42,7 +42,7 @@ def forward_flops(c, tokens, T):
 def stages(s, c, Q, R, sizes, device):
     """-> {stage: (bytes, floating-point operations)}. sizes: {"pretrain", "sft": tokens in all, "query": mean length of sft's, "groups":
     posts of comparisons, "responses": compared texts, "sampled": posts that the collection samples for, held out ones too; left out
-    where people have labelled}; pretrain 0 where weights are given."""
+    where people have labelled, "mock": tokens that a classifier in their place is trained on}; pretrain 0 where weights are given."""
     P, T, V = parameters(c), Q + R, c.vocab_size
     unembed, trained = 2 * V * c.n_embd, 16 * P  # operations per token; bytes of weights, gradients and moments
     out = {}
@@ -59,6 +59,10 @@ def stages(s, c, Q, R, sizes, device):
         rows = sizes["sampled"] * s.collect.k
         tokens = 3 * sizes["sampled"] * sizes["query"] + rows * R
         out["collect"] = 8 * P + min(384, rows) * cache, forward_flops(c, tokens, T) + rows * R * unembed
+        if sizes.get("mock"):  # is trained, then reads every sample behind its query
+            memory, flops = out["collect"]
+            out["collect"] = (max(memory, trained + kept(c, s.reward.batch, T, device, s.reward.recompute)),
+                              flops + forward_flops(c, 3 * sizes["mock"] * s.reward.epochs + rows * T, T))
     each = sizes["query"] + R * sizes["responses"] / max(1, sizes["groups"])
     posts = min(s.reward.micro or s.reward.batch, s.reward.batch)
     rows, layers = posts * each / T, 1 if s.reward.recompute else c.n_layer

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import sentiment
 import world
 from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
                   load_posts, pad_rows, post_key, save_json_lines, write_atomic)
@@ -362,6 +363,21 @@ def sampled_kl(policy, ref_policy, queries, samples, temperature, batch=64):
     return out
 
 
+def ask_mock(folder, enc, rows, device):
+    """Add r_s to each entry of these rows, of the excerpt with this continuation, where the run in `folder` has a mock labeler."""
+    if os.path.exists(os.path.join(folder, "mock", "held_out.json")):
+        labeler = sentiment.MockLabeler(enc, load_model(os.path.join(folder, "mock"), device, "scalar"))
+        for row in tqdm(rows, desc="mock labeler", unit="post", leave=False, delay=2):
+            for entry, score in zip(row["policies"].values(), labeler.scores(row["post"], [s["text"] for s in row["policies"].values()])):
+                entry["mock"] = score
+
+
+def mock_text(m):
+    """What stands in mock/held_out.json, in a sentence."""
+    return (f"The labels are of a classifier, which is right on {m['accuracy']:.1%} of {m['n']} held-out sentences (95 % interval "
+            f"{m['accuracy_ci'][0]:.1%} to {m['accuracy_ci'][1]:.1%}); always the same label would be right on {m['majority']:.1%}.")
+
+
 def measure_policies(rows):
     """{policy: what report/results.json says of it}. Win rates are against the reference of the same post; *_sft against SFT's response."""
     out = {}
@@ -383,6 +399,10 @@ def measure_policies(rows):
         entry["rouge"] = None  # asked where no gold judge says more
         if not gold_known and name != "reference" and all(row["post"].get("summary") for row in rows):
             entry["rouge"] = rouge_means([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
+        if "mock" in mine[0]:
+            scores = np.array([s["mock"] for s in mine])
+            entry |= {"mock_score": (float(scores.mean()), bootstrap_ci(scores)),
+                      "mock_positive": float((1 / (1 + np.exp(-scores))).mean())}
         rm = wins([s["score"] for s in mine], [s["score"] for s in ref])
         kls = [s["kl"] for s in mine if s["kl"] is not None]
         out[name] = entry | {
@@ -533,16 +553,18 @@ def with_interval(mean_ci, form=".1%"):
 
 
 def table_rows(policies):
-    """Header and rows of the table that the run ends with: by the gold judge, or where there is none ROUGE with 95 % intervals."""
-    gold = policies["reference"]["gold_win_rate"] is not None
+    """Header and rows of the table that the run ends with: by the gold judge, or where there is none by the mock labeler, or ROUGE, with
+    95 % intervals."""
+    gold, mock = policies["reference"]["gold_win_rate"] is not None, "mock_score" in policies["reference"]
     header, rows = ["policy"], []
     header += ["gold win rate", "95 % interval", "equal length", "RM win rate", "gold utility"] if gold else [
-        "ROUGE-1", "ROUGE-2", "ROUGE-L", "RM win rate"]
+        *(["log-odds of positive", "positive"] if mock else ["ROUGE-1", "ROUGE-2", "ROUGE-L"]), "RM win rate"]
     for name in [n for n in POLICIES if n in policies]:
         p = policies[name]
         judged = [show(p["gold_win_rate"]), "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"]), equal_length(p),
                   show(p["rm_win_rate"]), show(p["gold_utility"], ".2f")] if gold else [
-            *(with_interval((p["rouge"] or {}).get(key)) for key in ("rouge1", "rouge2", "rougeL")), show(p["rm_win_rate"])]
+            *((with_interval(p["mock_score"], ".2f"), show(p["mock_positive"])) if mock else
+              (with_interval((p["rouge"] or {}).get(key)) for key in ("rouge1", "rouge2", "rougeL"))), show(p["rm_win_rate"])]
         rows.append([LABELS[name].replace("\n", " "), *judged, show(p["rm_score"], ".2f"), show(p["kl"], ".1f"), show(p["length"], ".1f"),
                      show(p["no_eos"])])
     return header + ["RM score", "KL", "length", "no EOS"], rows
@@ -609,6 +631,8 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
             f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
             f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which "
             "their noise sets.")]
+    if reward.get("mock"):
+        out.append(mock_text(reward["mock"]) + " The table's log-odds and probability of positive are its, of excerpt and continuation.")
     if reward.get("labeler_agreement"):
         a = reward["labeler_agreement"]
         out.append(f"On {a['pairs']} pairs of SFT samples the labelers agree with the judge {a['with_judge']:.1%} of the time and with "
@@ -676,6 +700,9 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     if os.path.exists(labelers):
         with open(labelers) as f:
             reward["labeler_agreement"] = json.load(f)
+    if os.path.exists(os.path.join(folder, "mock", "held_out.json")):
+        with open(os.path.join(folder, "mock", "held_out.json")) as f:
+            reward["mock"] = json.load(f)
     bits, held_out = None, os.path.join(folder, "pretrained", "held_out.json")  # written where the text is real
     if os.path.exists(held_out):
         with open(held_out) as f:
@@ -716,6 +743,7 @@ def judge_policy(folder, policy_folder, device):
                                       samples[0]["post"].get("task") not in world.STYLES)
     for row, entry in zip(samples, entries(run.enc, reward_model, queries, responses, kls, run.stop)):
         row["policies"]["ppo"] = entry
+    ask_mock(folder, run.enc, samples, device)
     return samples
 
 

@@ -4,7 +4,7 @@ Real data in place of the embedded world: people's posts, articles or books, the
 References: Stiennon 2020 appendices A to C (TL;DR, CNN/DM); Ziegler 2019 §3 (continuing excerpts of books).
 
     python run.py --preset small-real --posts posts.jsonl --comparisons comparisons.jsonl --text books
-    python run.py --preset gpt2-sentiment --text books --labels offline_5k.json
+    python run.py --preset gpt2-sentiment --text books --labels offline_5k.json      # or sst2_train.tsv: see sentiment.py
 
 run.py's first stage calls split_posts() or split_excerpts(), its fourth read_comparisons(); all other stages see what the embedded
 world would have left.
@@ -27,9 +27,15 @@ FILES = {  # option of run.py: what it is
     "prompts": "more posts, with or without summaries, as prompts of PPO (default: the posts that are trained on)",
     "test_posts": "posts to test on, never trained on (default: an eighth of --posts, at most data.test)",
     "text": "text files or a folder of them (.txt, .txt.gz): pretraining reads them too; a continuation task cuts its queries from them",
-    "labels": "4-way labels in Ziegler's format, for a continuation task",
+    "labels": "4-way labels in Ziegler's format, for a continuation task; or a .tsv of sentences, each with a tab and 0 or 1 (SST-2): "
+              "a classifier that is trained on them is the labeler",
 }
 CONTINUATIONS = ("sentiment", "descriptiveness")
+
+
+def has_mock(files):
+    """Whether a classifier of sentences labels in place of people. (sentiment.py)"""
+    return (files["labels"] or "").removesuffix(".gz").endswith(".tsv")
 
 
 def check_files(files, task):
@@ -157,8 +163,10 @@ def split_excerpts(run):
     s, files, task = run.settings.data, run.files, TASKS[run.settings.data.task]
     enc = vocabulary(run.settings.model, sample_texts(files))
     rows, splits = stored_text(os.path.join(run.folder, "tokens"), files["text"], enc, 2 * task.Q), {}
-    train, held_out = held_out_text(rows)
-    for names, part, n in ((("test", "valid"), held_out, 2 * s.test), (("pretrain",), train, max(s.pretrain, s.sft))):
+    c, (trained, tested) = run.settings.collect, held_out_text(rows)
+    parts = [(("test", "valid"), tested, 2 * s.test), (("pretrain",), trained, max(s.pretrain, s.sft))]
+    parts += [(("collect",), trained, c.posts), (("held_out",), tested, c.held_out_posts)] if has_mock(files) else []
+    for names, part, n in parts:
         posts = [p for p in excerpts(rows.take(part), enc, n, run.seed, s.task) if p["summary"].strip()]
         if len(posts) < 2:
             raise DataError(f"the texts hold {len(posts)} excerpts for {' and '.join(names)}; more text is needed")

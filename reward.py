@@ -172,7 +172,7 @@ def collect(enc, posts, policies, labeler, pairs, Q, R, generator, rng, split="t
             if TASKS[posts[i // n].get("task", "tldr")].stop == EOS or ids[-1] == stop[0] and len(ids) > stop[1]:
                 texts[i // n].append((name, decode_response(enc, ids)))
     comparisons = []
-    for post, candidates in zip(posts, texts):
+    for post, candidates in tqdm(zip(posts, texts), desc="labelling", unit="post", total=len(posts), leave=False, delay=2):
         if k_min and len(candidates) > k_min:
             candidates = candidates[:1] + rng.sample(candidates[1:], rng.randint(k_min, len(candidates) - 1))
         answers = (ask_pairs(labeler, post, candidates, pairs, rng) if labels == "pairs" else

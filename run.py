@@ -28,6 +28,7 @@ import torch
 import estimate
 import evaluation
 import real
+import sentiment
 import world
 from corpus import stored_text
 from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, save_encoding,
@@ -107,10 +108,10 @@ GPT2_TLDR = {  # Stiennon's table for 1.3B; PPO's learning rate and minibatches 
 GPT2_STYLE = {
     "model.init": "gpt2", "model.max_query": 64, "model.max_response": 24, "data.pretrain": 10**5, "data.sft": 20000, "sft.epochs": 0,
     "collect.labels": "best_of", "reward.loss": "best_of", "reward.normalise": "gain_bias", "reward.lr": 5e-5, "reward.batch": 32,
-    "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "ppo.lr": 1e-5, "ppo.batch": 512, "ppo.minibatches": 1,
-    "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared", "ppo.whiten_rewards": True,
-    "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5, "ppo.tf_adam": True,
-    "ppo.max_grad_norm": 0.0}
+    "reward.final_lr": 0.0, "reward.warmup": 0, "reward.weight_decay": 0.0, "collect.posts": 5000, "ppo.lr": 1e-5, "ppo.batch": 512,
+    "ppo.minibatches": 1, "ppo.iterations": 1953, "ppo.beta": 0.15, "ppo.kl": "adaptive", "ppo.kl_target": 6.0, "ppo.value": "shared",
+    "ppo.whiten_rewards": True, "ppo.stop_token": ".", "ppo.truncate_after": 16, "ppo.adam_beta2": 0.999, "ppo.adam_eps": 1e-5,
+    "ppo.tf_adam": True, "ppo.max_grad_norm": 0.0}
 PRESETS = {  # preset: {stage.setting: value}, everything else as the settings classes say
     "tiny": {},
     "real": {"model.vocab_size": 2048, "model.max_query": 256, "model.max_response": 0, "pretrain.epochs": 3, "sft.epochs": 1,
@@ -175,16 +176,18 @@ def preset(name, changes={}):
     return settings
 
 
-def check_together(s, files=False):
-    """What the settings of one stage ask of another's; files: comparisons come from a file, which will be checked itself."""
-    check(s.collect.rounds == 1 or not files, "collect.rounds must be 1 with --comparisons: people have labelled")
+def check_together(s, files=False, mock=False):
+    """What the settings of one stage ask of another's. files: posts or text come from files, and comparisons too, unless mock: a classifier
+    labels. Comparisons from a file will be checked themselves."""
+    people = files and not mock
+    check(s.collect.rounds == 1 or not people, "collect.rounds must be 1 with --comparisons: people have labelled")
     check(not s.collect.online or s.collect.rounds <= s.ppo.iterations,
           "with collect.online, collect.rounds must not be above ppo.iterations")
     needed = {"pairwise": s.collect.labels, "best_of": "best_of", "kwise": "rank"}[s.reward.loss]
-    check(files or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
+    check(people or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
-    check(files or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
+    check(people or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
           f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must say what ends a response, "
           "as in the preset ziegler")
     check(not files or (s.data.world, s.data.news) == ("reddit", 0), "data.world and data.news are for the embedded world, not for files")
@@ -257,8 +260,9 @@ def stage_data(run):
     lengths = [len(encode_response(enc, p["summary"], 10**6, p.get("task", "tldr"))) for p in splits["sft"][:5000]]
     R = s.model.max_response or max(2, int(np.percentile(lengths, 99)))
     stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
-    model_config(s.model, enc, s.model.max_query, R)
-    groups = check_comparisons(run, enc, splits) if run.real else None
+    c, mock = model_config(s.model, enc, s.model.max_query, R), real.has_mock(run.files)
+    sentences = sentiment.split_sentences(run.files["labels"], enc, c.n_positions - 1, run.seed)[1] if mock else []
+    groups = check_comparisons(run, enc, splits) if run.real and not mock else None
     ppo_prompts = prompts(SimpleNamespace(folder=run.folder, posts=splits, config=run.config))
     check(len(ppo_prompts) > 0, "data.pretrain must be larger: no post is left for PPO to write summaries of")
     os.makedirs(path(run, "data"), exist_ok=True)
@@ -266,7 +270,7 @@ def stage_data(run):
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
     rows = {name: split_rows(run.folder, name, enc, s.model.max_query, R) for name in splits}
     Q = int(max((part.stops - part.starts)[::2].max() for part in rows.values()))  # as long as the longest query, at most max_query
-    check_fit(run, enc, Q, R, rows, groups)
+    check_fit(run, enc, Q, R, rows, groups, sum(len(ids) for ids, _ in sentences))
     save_encoding(enc, path(run, "tokenizer.json"))
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
     print(f"{', '.join(f'{len(posts)} {name}' for name, posts in splits.items())} posts; {enc.n_vocab} tokens; "
@@ -285,8 +289,8 @@ def check_comparisons(run, enc, splits):
     return groups
 
 
-def check_fit(run, enc, Q, R, rows, groups):
-    """Say what this run will take, and refuse it where that is more memory than there is."""
+def check_fit(run, enc, Q, R, rows, groups, mock):
+    """Say what this run will take, and refuse it where that is more memory than there is. mock: tokens that the labeler is trained on"""
     s, sizes = run.settings, {name: int((rows[name].stops - rows[name].starts).sum()) for name in ("pretrain", "sft")}
     if run.files["text"]:
         text = stored_text(path(run, "tokens"), run.files["text"], enc, Q + R)
@@ -294,7 +298,7 @@ def check_fit(run, enc, Q, R, rows, groups):
     sizes["query"] = float((rows["sft"].stops - rows["sft"].starts)[::2].mean())
     sizes["groups"] = s.collect.posts if groups is None else len(groups)
     sizes["responses"] = s.collect.posts * (s.collect.k + 1) if groups is None else sum(len(g["responses"]) for g in groups)
-    sizes["sampled"] = 0 if run.real else s.collect.posts + s.collect.held_out_posts
+    sizes |= {"mock": mock, "sampled": s.collect.posts + s.collect.held_out_posts if groups is None else 0}
     estimate.check_resources(s, model_config(s.model, enc, Q, R), Q, R, sizes, run.device, bool(s.model.init))
 
 
@@ -362,13 +366,31 @@ def mixture(run):
     return [policy for policy in policies if policy[3]]
 
 
+def mock_labeler(run):
+    """The classifier that labels (sentiment.py), trained first where that was not done in an earlier round."""
+    folder = path(run, "mock")
+    if not os.path.exists(os.path.join(folder, "held_out.json")):
+        torch.manual_seed(run.seed)
+        model = load_model(path(run, "pretrained"), run.device, "scalar")
+        held_out, train = sentiment.split_sentences(run.files["labels"], run.enc, model.config.n_positions - 1, run.seed)
+        save_vocabulary(run.enc, folder)
+        sentiment.train_labeler(model, train, run.settings.reward, folder, run.seed)
+        labels = np.array([label for _, label in held_out])
+        right = (score_all(model, [[model.config.eos]] * len(labels), [list(ids) for ids, _ in held_out])[:, 0].numpy() > 0) == labels
+        m = {"accuracy": float(right.mean()), "accuracy_ci": evaluation.bootstrap_ci(right), "n": len(right),
+             "majority": float(max(labels.mean(), 1 - labels.mean()))}
+        write_atomic(os.path.join(folder, "held_out.json"), json.dumps(m))
+        print(evaluation.mock_text(m))
+    return sentiment.MockLabeler(run.enc, load_model(folder, run.device, "scalar"))
+
+
 def stage_collect(run):
-    """Comparisons, from the labelers of the embedded world or from a file of human ones."""
+    """Comparisons, from the labelers of the embedded world, from a classifier in their place, or from a file of human ones."""
     s, name = run.settings.collect, f"{run.seed}-{run.round}" if run.round > 1 else str(run.seed)
     rng = random.Random(f"collect-{name}")
-    if not run.real:
-        labeler = world.Labeler(run.settings.data.task, s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped,
-                                tie=s.tie, seed=run.seed)
+    if not run.real or real.has_mock(run.files):
+        labeler = mock_labeler(run) if run.real else world.Labeler(
+            run.settings.data.task, s.noise, length_bias=s.length_bias, copy_bias=s.copy_bias, flipped=s.flipped, tie=s.tie, seed=run.seed)
         comparisons, policies = [], mixture(run)
         if run.round > 1:
             labeler.rng = random.Random(f"labeler-{name}")  # the same people, other mistakes
@@ -378,7 +400,7 @@ def stage_collect(run):
             comparisons += collect(run.enc, posts[begin:end], policies, labeler, s.pairs, run.Q, run.R,
                                    torch.Generator().manual_seed(run.seed + 10**6 * (run.round - 1)), rng, split, s.labels, run.stop,
                                    s.k_min, f"round-{run.round}")
-        agreement = labeler_agreement(labeler, comparisons, policies[len(policies) // 2][0])
+        agreement = None if run.real else labeler_agreement(labeler, comparisons, policies[len(policies) // 2][0])
         write_atomic(path(run, "labelers.json"), json.dumps(agreement))
         if agreement:
             print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge "
@@ -450,6 +472,7 @@ def stage_evaluation(run):
                                           run.Q, run.R, run.settings.ppo.temperature, run.settings.evaluation.best_of,
                                           torch.Generator().manual_seed(run.seed), run.stop,
                                           evaluation.pick_examples(run.enc, run.posts["sft"]))
+        evaluation.ask_mock(run.folder, run.enc, rows, run.device)
     os.makedirs(path(run, "evaluation"), exist_ok=True)
     save_json_lines(path(run, "evaluation", "samples.jsonl"), rows)
 
@@ -493,20 +516,22 @@ def open_folder(out, config):
 
 SHARED = {  # what each stage leaves behind
     "data": ("data", "tokenizer.json"), "pretrain": ("pretrained",), "sft": ("sft",),
-    "collect": ("comparisons.jsonl", "labelers.json"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}
+    "collect": ("comparisons.jsonl", "labelers.json", "mock"), "reward": ("reward",), "ppo": ("ppo",), "evaluation": ("evaluation",)}
 
 
-def depends_on(s):
+def depends_on(config):
     """{stage: what its result depends on, beside the stages before it}: of a run's configuration a file, the seed, the settings of a stage
-    or one of them. s: the settings of all stages"""
+    or one of them."""
+    s = config["settings"]
     later = ["reward", "ppo"]  # what made the policy that is sampled
     return {
         "data": ["model", "data", *real.FILES],
         "pretrain": ["pretrain"],
         "sft": ["sft", *(["seed", "collect", *later] if s["sft"]["choose"] == "reward" else [])],  # it is chosen after the reward model
-        # a sample ends by PPO's rule; without SFT it is drawn as in PPO; in later rounds PPO made the policy
+        # a sample ends by PPO's rule; without SFT it is drawn as in PPO; in later rounds PPO made the policy; a mock labeler is trained as
+        # the reward model is
         "collect": ["seed", "collect", "ppo.stop_token", "ppo.truncate_after", *(["ppo.temperature"] if s["sft"]["epochs"] == 0 else []),
-                    *(later if s["collect"]["rounds"] > 1 else [])],
+                    *(later if s["collect"]["rounds"] > 1 else []), *(["reward"] if real.has_mock(config) else [])],
         "reward": ["reward", *(["ppo.temperature"] if s["reward"]["normalise"] == "gain_bias" else [])],
         "ppo": ["ppo"], "evaluation": ["evaluation"]}
 
@@ -528,7 +553,7 @@ def same_stages(base, old, new):
     if any(s["collect"][key] < new["settings"]["collect"][key] for key in ("posts", "held_out_posts")):
         return []
     for name, result, _ in STAGES:
-        differ = any(of(old, key) != of(new, key) for key in depends_on(new["settings"])[name])
+        differ = any(of(old, key) != of(new, key) for key in depends_on(new)[name])
         if differ or not os.path.exists(os.path.join(base, result)):
             break
         names.append(name)
@@ -661,9 +686,13 @@ def main():
     for stage, part in vars(settings).items():
         setattr(settings, stage, override(part, args, stage + "."))
     real.check_files(files, settings.data.task)
-    if any(files.values()) and any(getattr(args, "collect." + f.name) is not None for f in dataclasses.fields(CollectSettings)):
+    given = [f.name for f in dataclasses.fields(CollectSettings) if getattr(args, "collect." + f.name) is not None]
+    mock, habits = real.has_mock(files), {"noise", "tie", "length_bias", "copy_bias", "flipped"}.intersection(given)
+    if any(files.values()) and given and not mock:
         raise DataError("--collect settings go with the labelers of the embedded world; in files people have labelled")
-    check_together(settings, files=any(files.values()))
+    if mock and habits:
+        raise DataError(f"--collect.{min(habits)} is for labelers of the embedded world; the classifier of --labels always takes the best")
+    check_together(settings, files=any(files.values()), mock=mock)
     run_pipeline(settings, args.seed, args.out or os.path.join("out", f"{name}-seed{args.seed}"), name, args.base, args.device, **files)
 
 

@@ -259,6 +259,22 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("real", " or len(train) + len(held_out) < len(keys):", ":", "a_files_own_split_counts"),
     ("real", 'in held_out or names & names_of(c["info"]) else', "in held_out else", "a_files_own_split_counts"),
     ("ppo", 'largest = max(largest, stats["max_log_ratio"])', 'largest += stats["max_log_ratio"]', "the_largest_log_ratio_is_that_of_all_parts"),
+    # the mock labeler
+    ("sentiment", "-(labels * F.logsigmoid(scores)", "(labels * F.logsigmoid(scores)", "log_odds_loss_by_hand"),
+    ("sentiment", "(1 - labels) * F.logsigmoid(-scores)", "(1 - labels) * F.logsigmoid(scores)", "log_odds_loss_by_hand"),
+    ("sentiment", "F.logsigmoid(-scores)).mean()", "F.logsigmoid(-scores)).sum()", "log_odds_loss_by_hand"),
+    ("sentiment", "[-(most - 1):]", "[:most - 1]", "rows_are_the_ends_of_texts_as_sst2_writes_them"),
+    ("sentiment", "rows[len(rows) // 10:]", "rows", "sentences_are_tested_on_or_trained_on"),
+    ("sentiment", 'post["post"] + " " + text', "text", "the_labeler_takes_the_best_of_excerpt_and_continuation"),
+    ("sentiment", "int(second > first)", "int(second < first)", "the_labeler_takes_the_best_of_excerpt_and_continuation"),
+    ("sentiment", "sum(other > score", "sum(other < score", "the_labeler_takes_the_best_of_excerpt_and_continuation"),
+    ("sentiment", "scores.index(max(scores))", "scores.index(min(scores))", "the_labeler_takes_the_best_of_excerpt_and_continuation"),
+    ("evaluation", 'labeler.scores(row["post"]', 'labeler.scores(rows[0]["post"]', "sentiment::what_the_mock_says_of_policies"),
+    ("evaluation", "(1 / (1 + np.exp(-scores)))", "(1 / (1 + np.exp(scores)))", "sentiment::what_the_mock_says_of_policies"),
+    ("run", "[:, 0].numpy() > 0) == labels", "[:, 0].numpy() < 0) == labels", "sentiment::a_whole_run_is_labelled_by_the_classifier"),
+    ("run", ', *(["reward"] if real.has_mock(config) else [])', "", "sentiment::labels_depend_on_what_the_classifier_was_trained_with"),
+    ("real", '(("held_out",), tested, c.held_out_posts)', '(("held_out",), trained, c.held_out_posts)', "sentiment::a_whole_run_is_labelled_by_the_classifier"),
+    ("estimate", '3 * sizes["mock"] * s.reward.epochs + rows * T', "rows * T", "sentiment::operations_of_the_labeler_are_those_done"),
 ]
 
 
