@@ -32,7 +32,7 @@ from ppo import compare_policies
 from reward import group_by_post, sample_responses, score_all, score_groups
 from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
-POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "best_of_n", "ppo"]
+POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "sft_sampled", "best_of_n", "ppo"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +300,8 @@ def sample_policies(enc, posts, models, reward_model, Q, R, temperature, best_of
     if best_of:
         many = sample_responses(models["sft"], queries, R, temperature, generator, n=best_of, stop=stop)
         scores = score_all(reward_model, queries, many, best_of)
+        if not story:  # what best of n begins from: greedy decoding alone changes a win rate
+            add("sft_sampled", many[::best_of], [0.0] * len(posts))
         add("best_of_n", [many[i * best_of + j] for i, j in enumerate(scores.argmax(1).tolist())],
             [best_of_n_kl(best_of)] * len(posts))
     return rows
@@ -420,7 +422,7 @@ def measure_policies(rows):
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # Okabe and Ito: colour-blind safe
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 LABELS = {"reference": "reference", "lead3": "lead-3", "pretrained": "pretrained\n(zero-shot)",
-          "in_context": "pretrained\n(in context)", "sft": "SFT", "best_of_n": "best of n", "ppo": "PPO"}
+          "in_context": "pretrained\n(in context)", "sft": "SFT", "sft_sampled": "SFT\n(sampled)", "best_of_n": "best of n", "ppo": "PPO"}
 
 
 def new_figure(columns=1, rows=1, width=5.0, height=3.4):

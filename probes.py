@@ -577,7 +577,7 @@ def measure_ladder(lab):
         run = open_run(lab.finished(seed))
         rows, small = read_samples(run.folder), read_samples(lab.finished(seed, "small"))
         posts = run.posts["test"]
-        policies = {name: [row["policies"][name]["text"] for row in rows] for name in rows[0]["policies"] if name != "best_of_n"}
+        policies = {name: [row["policies"][name]["text"] for row in rows] for name in rows[0]["policies"] if name not in ("best_of_n", "sft_sampled")}
         policies |= {f"{name}, small": [row["policies"][name]["text"] for row in small] for name in ("sft", "ppo")}
         policies |= supervised_rivals(lab, run, seed, device)[0]
         people = labeler_of(run)
@@ -873,7 +873,8 @@ def caption_copying(measured):
             "supervised + fine-tuned for copying labelers by the gold judge on "
             f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by the gold judge')}, by the copying labelers on "
             f"{of('supervised + fine-tuned, copying', 'preferred to lead-3 by copying labelers')}. Lower panels: where bigrams of a "
-            f"summary stand in the post, mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words. Fine-tuned: "
+            f"summary stand in the post, mean per summary, cells of {SUMMARY_WORDS // BINS} by {SOURCE_WORDS // BINS} words; every equal pair counts "
+            "(the blog draws longest common subsequences). Fine-tuned: "
             "reward model and PPO start from the pretrained model, the KL penalty is to it. Greedy decoding. " + basis(measured))
 
 

@@ -187,8 +187,8 @@ def check_together(s, files=False, mock=False):
     check(people or s.collect.labels == needed, f"reward.loss {s.reward.loss} needs collect.labels {needed}")
     check(s.pretrain.mix == 0, "pretrain.mix must be 0: it is for sft.mix")
     check(s.pretrain.epochs > 0, "pretrain.epochs must be above 0")
-    check(people or TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
-          f"the stories of data.task {s.data.task} have no end of text; ppo.stop_token must say what ends a response, "
+    check(TASKS[s.data.task].stop == EOS or s.ppo.stop_token,
+          f"the stories and excerpts of data.task {s.data.task} have no end of text; ppo.stop_token must say what ends a response, "
           "as in the preset ziegler")
     check(not files or (s.data.world, s.data.news) == ("reddit", 0), "data.world and data.news are for the embedded world, not for files")
     check(s.data.world == "reddit" or s.data.task == "tldr", f"data.world {s.data.world} goes with data.task tldr alone")

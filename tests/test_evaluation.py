@@ -304,6 +304,15 @@ def test_stories_are_judged_by_samples(enc, g):
     assert set(rows[0]["policies"]) == {"reference", "pretrained", "sft", "best_of_n", "ppo"}
 
 
+def test_a_sample_of_sft_stands_beside_its_greedy_summary(enc, g):
+    """Catches greedy decoding where best of n draws: with n = 1 the two are one."""
+    posts, sft = world.make_posts(6, 1, "t"), tiny_model(seed=1, vocab_size=enc.n_vocab, n_positions=200)
+    rows = sample_policies(enc, posts, dict.fromkeys(("pretrained", "sft", "ppo"), sft),
+                           tiny_model("scalar", vocab_size=enc.n_vocab, n_positions=200), 100, 8, 1.0, 1, g)
+    text = {name: [row["policies"][name]["text"] for row in rows] for name in ("sft", "sft_sampled", "best_of_n")}
+    assert text["sft_sampled"] == text["best_of_n"] != text["sft"] and rows[0]["policies"]["sft_sampled"]["kl"] == 0
+
+
 def test_the_table_controls_for_length():
     """Catches a table whose length-controlled rate is the raw one: here long summaries win and short ones mostly lose."""
     rows = policy_rows(lambda i, p: {"text": full_summary(p) if i % 10 < 7 else "cat", "length": 60 if i % 10 < 6 else 33})

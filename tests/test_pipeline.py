@@ -50,7 +50,7 @@ def test_results_have_every_field(finished):
     results = json.loads((out / "report" / "results.json").read_text())
     assert set(results) == {"settings", "seconds", "peak_rss_mb", "reward_model", "policies"}
     assert {"accuracy", "accuracy_ci", "labeler_ceiling", "longer_wins", "n"} <= set(results["reward_model"])
-    assert set(results["policies"]) - {"in_context"} == {"reference", "lead3", "pretrained", "sft", "best_of_n", "ppo"}  # room permitting
+    assert set(results["policies"]) - {"in_context"} == {"reference", "lead3", "pretrained", "sft", "sft_sampled", "best_of_n", "ppo"}  # room permitting
     for name, p in results["policies"].items():
         if name == "in_context" and p is None:
             continue
@@ -662,7 +662,8 @@ def test_rounds_out_of_range_are_refused(tmp_path, monkeypatch, args, says):
 
 
 @pytest.mark.parametrize("changes, files, says", [
-    ({"data__filter": True}, False, "data.filter"), ({"data__filter": True, "data__task": "sentiment"}, True, "data.filter"),
+    ({"data__filter": True}, False, "data.filter"), ({"data__filter": True, "data__task": "sentiment", "ppo__stop_token": "."}, True, "data.filter"),
+    ({"data__task": "sentiment"}, True, "ppo.stop_token"),
     ({"data__world": "news"}, True, "data.world"), ({"data__news": .5}, True, "data.news"),
     ({"data__world": "news", "data__task": "sentiment", "ppo__stop_token": "."}, False, "data.world")])
 def test_settings_that_nothing_would_read_are_refused(changes, files, says):
