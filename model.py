@@ -1,5 +1,5 @@
 """
-GPT-2 from scratch, in one file: the transformer, its attention, the sampler, and the way in and out of weights.
+GPT-2 from scratch, in one file: the transformer, its attention, the way in and out of weights, and the sampler.
 
 References: Radford et al. 2019 (GPT-2); Stiennon 2020 appendix B (scalar head); Hugging Face's GPT-2 checkpoint layout.
 
@@ -365,27 +365,6 @@ def attention(q, k, v):
 # ---------------------------------------------------------------------------------------------------------------------
 # the transformer
 
-def cuda_graph(step):
-    """The launches of step() as one graph: one replay takes the place of hundreds of launches. None,
-    with the reason printed, where it cannot be had; nothing has run then."""
-    if cuda_graph.fails:
-        return None
-    stream = torch.cuda.current_stream()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph
-    except RuntimeError as e:
-        torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own
-        cuda_graph.fails = True
-        print(f"sampler: no CUDA graph, each step is launched by itself ({str(e.__context__ or e).splitlines()[0]})")
-        return None
-
-
-cuda_graph.fails = False
-
-
 def logits(h, w, dtype):
     """h wᵀ of h [N, d] and w [V, d] in float32, the factors in `dtype` where the device can do that. A result in bf16 would
     be off by up to ¼: GPT-2's logits lie around -100, where bf16 has steps of ½."""
@@ -619,9 +598,6 @@ class GPT(nn.Module):
         h, _, mask = self.response_hidden(tokens, query_lengths, lengths, R)
         return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, self.score(h).squeeze(-1))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # the sampler
-
     @torch.no_grad()
     def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, eos=None, generator=None, n=1, static=None):
         """Sample n responses to each ragged right-padded query.
@@ -629,137 +605,14 @@ class GPT(nn.Module):
         tokens [B, Q], lengths [B] -> tokens [B·n, Q+R] (query, response, zeros), lengths [B·n] (EOS included),
         logprobs [B·n, R] at the given temperature. temperature 0 is argmax; eos None never stops. All uniforms are drawn up
         front, so what one row draws does not depend on when other rows finish. `generator` is a CPU generator on every device.
-
-        The cache has two parts: keys and values of the queries, which all samples of a query read in one product, and those
-        of the responses, in which token t of every row stands in column t. `static` is for GPUs and on there: every step has
-        the same shapes and is replayed as one CUDA graph; otherwise rows that are done are dropped, as suits a CPU.
+        `static` is for GPUs and on there: every step has the same shapes and is replayed as one CUDA graph; otherwise rows that
+        are done are dropped, as suits a CPU. How it is done: Sampler.
         """
-        c, device, dtype = self.config, self.device, self.amp_dtype
-        B, Q = tokens.shape
-        R, H, D = max_new_tokens, c.n_head, c.n_embd // c.n_head
-        if Q + R > c.n_positions:
-            raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {c.n_positions} positions")
-        static = device.type == "cuda" if static is None else static
-        step_dtype = torch.float32 if device.type == "cpu" else dtype  # a few rows gain nothing from bf16 on a CPU
-
-        def weights_in(dtype):
-            return [[w.to(dtype) for w in (b.c_attn.weight, b.c_attn.bias, b.attn_proj.weight, b.attn_proj.bias,
-                                           b.c_fc.weight, b.c_fc.bias, b.mlp_proj.weight, b.mlp_proj.bias)]
-                    for b in self.blocks]
-
-        def through_blocks(x, layers, attend, at=None):
-            """x [N, d] in float32; attend(layer, q, k, v) does the attention. The answer at the rows `at` alone."""
-            dtype = layers[0][0].dtype
-            for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.blocks, layers)):
-                q, k, v = F.linear(block.ln_1(x).to(dtype), w1, b1).chunk(3, -1)
-                a = attend(i, q, k, v)
-                if at is not None and i == c.n_layer - 1:
-                    x, a = x[at], a[at]
-                x = x + F.linear(a, w2, b2)
-                h = F.gelu(F.linear(block.ln_2(x).to(dtype), w3, b3), approximate="tanh")
-                x = x + F.linear(h, w4, b4)
-            return self.ln_f(x)
-
-        # 1. prefill: each query once
-        prompt = F.pad(tokens, (0, min(round_up(Q, 16), c.n_positions) - Q))
-        Q16 = prompt.shape[1]
-        past = torch.empty(c.n_layer, 2, B, H, Q16, D, dtype=step_dtype, device=device)
-
-        def attend_prompt(i, q, k, v):
-            q, k, v = (a.view(B, Q16, H, D).transpose(1, 2) for a in (q, k, v))
-            past[i, 0], past[i, 1] = k, v
-            return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
-
-        x = (self.wte(prompt) + self.wpe.weight[:Q16]).flatten(0, 1)
-        x = through_blocks(x, weights_in(dtype), attend_prompt, torch.arange(B, device=device) * Q16 + lengths - 1)
-        x = x.repeat_interleave(n, 0)  # [B·n, d], from which y_0 is drawn
-
-        # 2. one token per step. The rows in work are m samples of each of P queries:
-        P, m = B, n
-        layers, wte = weights_in(step_dtype), self.wte.weight.to(step_dtype)
-        row = torch.arange(B * n, device=device)  # where in the batch they stand
-        alive = torch.ones(B * n, dtype=torch.bool, device=device)
-        position = lengths.repeat_interleave(n)  # of the token to come
-        t = torch.zeros(1, dtype=torch.long, device=device)  # its number; a tensor, so that a CUDA graph can count
-        own = torch.zeros(c.n_layer, 2, B * n, H, R, D, dtype=step_dtype, device=device)  # keys and values of the responses
-        mask = torch.full((B, 1, 1, Q16 + R), float("-inf"), dtype=step_dtype, device=device)  # added to the scores
-        mask[..., :Q16].masked_fill_((torch.arange(Q16, device=device) < lengths[:, None])[:, None, None], 0)
-        uniform = torch.rand(B * n, R, generator=generator).to(device)
-        sampled = torch.zeros(B * n, R, dtype=torch.long, device=device)
-        logprobs = torch.zeros(B * n, R, device=device)
-        token = torch.zeros(B * n, dtype=torch.long, device=device)
-
-        def choose():
-            """y_t of every row, from the hidden state before it."""
-            z = logits(x, wte, step_dtype)
-            if temperature == 0:
-                token.copy_(z.argmax(-1))  # greedy: all mass on one token, log-probability 0
-            else:
-                p = (z / temperature).softmax(-1)
-                cdf = p.cumsum(-1)  # inverse CDF: much cheaper on a CPU than torch.multinomial
-                total = cdf[:, -1:].contiguous()
-                drawn = torch.searchsorted(cdf, uniform[row, t, None] * total, right=True)
-                last = torch.searchsorted(cdf, total)  # the last token of any probability, should the product round up to total
-                token.copy_(torch.minimum(drawn, last).squeeze(-1))
-                logprobs[row, t] = p.gather(1, token[:, None]).squeeze(1).log()
-            sampled[row, t] = token
-            if eos is not None:
-                alive.logical_and_(token != eos)
-
-        def read():
-            """Take y_t in: the hidden state before y_{t+1}. The whole cache is read each time, columns to come under the mask:
-            products with a part of it would first copy that part."""
-            def attend(i, q, k, v):
-                own[i, 0].index_copy_(2, t, k.view(-1, H, 1, D))
-                own[i, 1].index_copy_(2, t, v.view(-1, H, 1, D))
-                q = q.view(-1, H, 1, D) / math.sqrt(D)
-                to_query = q.view(P, m, H, D).transpose(1, 2) @ past[i, 0].transpose(-1, -2)  # [P, H, m, Q]
-                to_self = (q @ own[i, 0].transpose(-1, -2)).view(P, m, H, R).transpose(1, 2)  # [P, H, m, R]
-                weights = (torch.cat([to_query, to_self], -1) + mask).softmax(-1)
-                from_query = (weights[..., :Q16] @ past[i, 1]).transpose(1, 2)  # [P, m, H, D]
-                from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, R) @ own[i, 1]
-                return from_query.reshape(-1, H * D) + from_self.view(-1, H * D)
-
-            mask.index_fill_(3, Q16 + t, 0)
-            x.copy_(through_blocks(self.wte(token) + self.wpe(position), layers, attend))
-            position.add_(1)
-            t.add_(1)
-
-        graph = None
-        for step in range(R):
-            if eos is not None and step and (not static or step % 8 == 0):  # on a GPU asking means waiting for it
-                living = alive.view(P, m)
-                if not living.any():
-                    break
-                if not static:  # m and P go down in steps: a bf16 library compiles kernels for each new shape
-                    m_left = min(m, round_up(int(living.sum(1).max()), 4))
-                    P_left = min(P, round_up(int(living.any(1).sum()), 8 if m % 4 == 0 else 32))
-                    if P_left * m_left <= 0.75 * P * m:  # a few finished ones fill up the sizes
-                        # queries keep their order: where all of them stay, their caches stay as they are
-                        query = living.any(1).long().argsort(descending=True, stable=True)[:P_left].sort().values
-                        sample = living[query].long().argsort(dim=1, descending=True, stable=True)[:, :m_left]
-                        keep = (query[:, None] * m + sample).flatten()
-                        x, row, alive, position, token = x[keep], row[keep], alive[keep], position[keep], token[keep]
-                        own, P, m = own[:, :, keep], P_left, m_left
-                        if len(query) < len(mask):
-                            past, mask = past[:, :, query], mask[query]
-            if static and device.type == "cuda" and step == 1:  # step 0 has warmed everything up
-                graph = cuda_graph(lambda: (choose(), read()))
-            if graph is not None:
-                graph.replay()
-                continue
-            choose()
-            if step < R - 1:
-                read()
-
-        # 3. a response ends with its first EOS; what was sampled behind it never happened
-        column = torch.arange(R, device=device)
-        stop = R if eos is None else (((sampled == eos).cumsum(1) == 0).sum(1, keepdim=True) + 1).clamp(max=R)
-        sampled, logprobs = torch.where(column < stop, sampled, 0), torch.where(column < stop, logprobs, 0)
-        query = torch.where(torch.arange(Q, device=device) < lengths[:, None], tokens, 0)
-        start = lengths.repeat_interleave(n)[:, None]
-        out = F.pad(query, (0, R)).repeat_interleave(n, 0).scatter_(1, start + column, sampled)
-        return out, (start + stop).flatten(), logprobs
+        (B, Q), R = tokens.shape, max_new_tokens
+        if Q + R > self.config.n_positions:
+            raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {self.config.n_positions} positions")
+        static = self.device.type == "cuda" if static is None else static
+        return Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static).run()
 
     # -----------------------------------------------------------------------------------------------------------------
     # weights in and out: Hugging Face's GPT-2 layout
@@ -874,3 +727,175 @@ def read_config(c, path):
     if type(eos) is not int:
         raise ValueError(f"{path}: eos_token_id must be one whole number, found {eos!r}")
     return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], eos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sampler
+
+def cuda_graph(step):
+    """The launches of step() as one graph: one replay takes the place of hundreds of launches. None,
+    with the reason printed, where it cannot be had; nothing has run then."""
+    if cuda_graph.fails:
+        return None
+    stream = torch.cuda.current_stream()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph
+    except RuntimeError as e:
+        torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own
+        cuda_graph.fails = True
+        print(f"sampler: no CUDA graph, each step is launched by itself ({str(e.__context__ or e).splitlines()[0]})")
+        return None
+
+
+cuda_graph.fails = False
+
+
+class Sampler:
+    """n responses to each of B right-padded queries, token by token: one GPT.generate, whose arguments these are.
+
+    The rows in work, N = P·m, are m samples of each of P queries: n of B at first, fewer where drop_finished() lets some go.
+    The cache has two parts: `past`, keys and values of the queries, which all samples of a query read in one product, and
+    `own`, those of the responses, in which token t of every row stands in column t.
+
+    Caveats: draws from the whole softmax (no top-k, no top-p); the cache is made for all R tokens at once; a step is rounded
+    otherwise than the training forward (on a CPU it is in float32 whatever amp_dtype is), and so are the logprobs."""
+
+    def __init__(self, model, tokens, lengths, R, temperature, eos, generator, n, static):
+        (B, Q), c, device = tokens.shape, model.config, model.device
+        H, D, Q16 = c.n_head, c.n_embd // c.n_head, min(round_up(Q, 16), c.n_positions)
+        self.model, self.tokens, self.lengths, self.R, self.n = model, tokens, lengths, R, n
+        self.temperature, self.eos, self.static, self.m = temperature, eos, static, n
+        self.dtype = torch.float32 if device.type == "cpu" else model.amp_dtype  # a few rows gain nothing from bf16 on a CPU
+        self.past = torch.empty(c.n_layer, 2, B, H, Q16, D, dtype=self.dtype, device=device)
+        self.x = self.prefill()  # [N, d] what y_t is drawn from. Before the rest: whole queries take memory
+        self.layers, self.wte = self.weights_in(self.dtype), model.wte.weight.to(self.dtype)
+        self.row = torch.arange(B * n, device=device)  # [N] where in the batch it stands
+        self.alive = torch.ones(B * n, dtype=torch.bool, device=device)  # [N] no EOS yet
+        self.position = lengths.repeat_interleave(n)  # [N] of y_t
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # a tensor, so that a CUDA graph can count
+        self.token = torch.zeros(B * n, dtype=torch.long, device=device)  # [N] y_t
+        self.own = torch.zeros(c.n_layer, 2, B * n, H, R, D, dtype=self.dtype, device=device)
+        self.mask = torch.where(torch.arange(Q16 + R, device=device) < lengths[:, None], 0.0, -math.inf).to(self.dtype)[:, None, None]
+        self.uniform = torch.rand(B * n, R, generator=generator).to(device)  # this and the next two: of the whole batch
+        self.sampled = torch.zeros(B * n, R, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(B * n, R, device=device)
+
+    def run(self):
+        """R times: choose y_t of every row, then read it. -> what GPT.generate returns"""
+        graph = None
+        for step in range(self.R):
+            if self.eos is not None and step and (not self.static or step % 8 == 0):  # on a GPU asking means waiting for it
+                if not self.alive.any():
+                    break
+                if not self.static:
+                    self.drop_finished()
+            if self.static and self.x.is_cuda and step == 1:  # step 0 has warmed everything up
+                # A graph reads and writes the very tensors it was captured with: choose and read bind no attribute anew, but write
+                # x, token, alive, position, t, own, mask, sampled and logprobs in place. drop_finished does bind: never if static
+                graph = cuda_graph(lambda: (self.choose(), self.read()))
+            if graph is not None:
+                graph.replay()
+                continue
+            self.choose()
+            if step < self.R - 1:
+                self.read()
+        return self.result()
+
+    def prefill(self):
+        """Read each query once, whatever n is, into past [L, 2, B, H, Q16, D]. -> x [B·n, d], from which y_0 is drawn"""
+        model, (B, H, Q16, D) = self.model, self.past.shape[2:]
+
+        def attend(i, q, k, v):
+            q, k, v = (a.view(B, Q16, H, D).transpose(1, 2) for a in (q, k, v))
+            self.past[i, 0], self.past[i, 1] = k, v
+            return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
+
+        x = (model.wte(F.pad(self.tokens, (0, Q16 - self.tokens.shape[1]))) + model.wpe.weight[:Q16]).flatten(0, 1)
+        last = torch.arange(B, device=x.device) * Q16 + self.lengths - 1
+        return self.through_blocks(x, self.weights_in(model.amp_dtype), attend, last).repeat_interleave(self.n, 0)
+
+    def choose(self):
+        """y_t [N] from x [N, d], and its log-probability."""
+        z = logits(self.x, self.wte, self.dtype)
+        if self.temperature == 0:
+            self.token.copy_(z.argmax(-1))  # greedy: all mass on one token, log-probability 0
+        else:
+            p = (z / self.temperature).softmax(-1)
+            cdf = p.cumsum(-1)  # inverse CDF: much cheaper on a CPU than torch.multinomial
+            total = cdf[:, -1:].contiguous()
+            drawn = torch.searchsorted(cdf, self.uniform[self.row, self.t, None] * total, right=True)
+            last = torch.searchsorted(cdf, total)  # the last token of any probability, should the product round up to total
+            self.token.copy_(torch.minimum(drawn, last).squeeze(-1))
+            self.logprobs[self.row, self.t] = p.gather(1, self.token[:, None]).squeeze(1).log()
+        self.sampled[self.row, self.t] = self.token
+        if self.eos is not None:
+            self.alive.logical_and_(self.token != self.eos)
+
+    def read(self):
+        """Take y_t in: x [N, d] becomes the hidden state before y_{t+1}."""
+        self.mask.index_fill_(3, self.past.shape[4] + self.t, 0)
+        x = self.model.wte(self.token) + self.model.wpe(self.position)
+        self.x.copy_(self.through_blocks(x, self.layers, self.attend))
+        self.position.add_(1)
+        self.t.add_(1)
+
+    def attend(self, i, q, k, v):
+        """Layer i's attention from y_t to its query and its response so far; q, k, v [N, d] -> [N, d]. The whole cache is read each
+        time, columns to come under the mask [P, 1, 1, Q16 + R]: products with a part of it would first copy that part."""
+        (P, H, Q16, D), m, R, past, own = self.past.shape[2:], self.m, self.R, self.past[i], self.own[i]
+        own[0].index_copy_(2, self.t, k.view(-1, H, 1, D))
+        own[1].index_copy_(2, self.t, v.view(-1, H, 1, D))
+        q = q.view(-1, H, 1, D) / math.sqrt(D)
+        to_query = q.view(P, m, H, D).transpose(1, 2) @ past[0].transpose(-1, -2)  # [P, H, m, Q16]
+        to_self = (q @ own[0].transpose(-1, -2)).view(P, m, H, R).transpose(1, 2)  # [P, H, m, R]
+        weights = (torch.cat([to_query, to_self], -1) + self.mask).softmax(-1)
+        from_query = (weights[..., :Q16] @ past[1]).transpose(1, 2)  # [P, m, H, D]
+        from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, R) @ own[1]
+        return from_query.reshape(-1, H * D) + from_self.view(-1, H * D)
+
+    def drop_finished(self):
+        """Go on with fewer queries, fewer samples of each, in steps: a bf16 library compiles kernels for each new shape."""
+        living = self.alive.view(-1, self.m)
+        P, m = living.shape
+        m_left = min(m, round_up(int(living.sum(1).max()), 4))
+        P_left = min(P, round_up(int(living.any(1).sum()), 8 if m % 4 == 0 else 32))
+        if P_left * m_left <= 0.75 * P * m:  # a few finished ones fill up the sizes
+            # queries keep their order: where all of them stay, their caches stay as they are
+            query = living.any(1).long().argsort(descending=True, stable=True)[:P_left].sort().values
+            sample = living[query].long().argsort(dim=1, descending=True, stable=True)[:, :m_left]
+            keep = (query[:, None] * m + sample).flatten()
+            self.x, self.row, self.alive, self.position = self.x[keep], self.row[keep], self.alive[keep], self.position[keep]
+            self.token, self.own, self.m = self.token[keep], self.own[:, :, keep], m_left
+            if P_left < P:
+                self.past, self.mask = self.past[:, :, query], self.mask[query]
+
+    def result(self):
+        """A response ends with its first EOS; what was sampled behind it never happened. -> tokens, lengths, logprobs"""
+        tokens, start, R = self.tokens, self.lengths.repeat_interleave(self.n)[:, None], self.R
+        column = torch.arange(R, device=tokens.device)
+        stop = R if self.eos is None else (((self.sampled == self.eos).cumsum(1) == 0).sum(1, keepdim=True) + 1).clamp(max=R)
+        sampled, logprobs = torch.where(column < stop, self.sampled, 0), torch.where(column < stop, self.logprobs, 0)
+        query = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < self.lengths[:, None], tokens, 0)
+        out = F.pad(query, (0, R)).repeat_interleave(self.n, 0).scatter_(1, start + column, sampled)
+        return out, (start + stop).flatten(), logprobs
+
+    def weights_in(self, dtype):
+        """[weight, bias, ...] of the four products of each layer, cast once and not at every step."""
+        return [[w.to(dtype) for product in (b.c_attn, b.attn_proj, b.c_fc, b.mlp_proj) for w in (product.weight, product.bias)]
+                for b in self.model.blocks]
+
+    def through_blocks(self, x, layers, attend, at=None):
+        """Block.forward and the final layer norm for rows side by side, x [N, d] in float32, with weights_in(dtype) as `layers` and
+        attend(i, q, k, v), all [N, d], as layer i's attention. -> [N, d], or the rows `at` of it alone"""
+        for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.model.blocks, layers)):
+            q, k, v = F.linear(block.ln_1(x).to(w1.dtype), w1, b1).chunk(3, -1)
+            a = attend(i, q, k, v)
+            if at is not None and i == len(layers) - 1:
+                x, a = x[at], a[at]
+            x = x + F.linear(a, w2, b2)
+            h = F.gelu(F.linear(block.ln_2(x).to(w3.dtype), w3, b3), approximate="tanh")
+            x = x + F.linear(h, w4, b4)
+        return self.model.ln_f(x)

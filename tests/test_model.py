@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import download
 from data import DataError, pad_rows
-from model import GPT, attention, attention_in_parts, logits, plain_attention, read_config
+from model import GPT, Sampler, attention, attention_in_parts, logits, plain_attention, read_config
 from sft import load_model
 
 
@@ -347,6 +347,16 @@ def test_dropping_finished_rows_changes_nothing(rows, n, static, seed):
         torch.testing.assert_close(logprobs[b, :size], all_logprobs[b, :size], atol=1e-5, rtol=0)
         sizes.append(size)
     assert sum(size < 8 for size in sizes) > .4 * len(sizes) and sum(size == 16 for size in sizes) > 5
+
+
+@torch.no_grad()
+def test_a_step_works_in_place():
+    """Catches a step that a CUDA graph could not repeat, which reads and writes the very tensors that it was captured with."""
+    sampler = Sampler(tiny_model(), torch.ones(2, 5, dtype=torch.long), torch.tensor([5, 3]), 7, 0.7, 3, None, 3, True)
+    before = dict(vars(sampler))
+    sampler.choose()
+    sampler.read()
+    assert vars(sampler).keys() == before.keys() and all(x is before[name] for name, x in vars(sampler).items())
 
 
 def test_samples_follow_the_distribution():
