@@ -504,7 +504,7 @@ def measure_agreement(lab):
 COPY_BIAS = 30.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
 # For honest labelers too: a model that writes what stands in no post samples little else. A reward model sees in its later passes what is
 # copied; more iterations, warmer rollouts and a dearer KL let the policy find it before it settles on a phrase.
-LONGER = {"reward.epochs": 3, "ppo.iterations": 28, "ppo.minibatches": 4, "ppo.lr": 4e-4, "ppo.temperature": 1.0, "ppo.beta": 0.15}
+LONGER = {"reward.epochs": 3, "ppo.iterations": 36, "ppo.minibatches": 4, "ppo.lr": 4e-4, "ppo.temperature": 1.0, "ppo.beta": 0.15}
 # An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
 # shown other samples (all of them at PPO's temperature, see run.mixture).
 UNSUPERVISED = {"sft.lr": 1e-12}
