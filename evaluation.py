@@ -183,16 +183,20 @@ def rouge(summaries, references, kinds=ROUGE, stem=True):
     """F1 of as many summaries as references, by rouge-score. -> [N, kinds]
 
     Lower case, Porter's stemmer, letters a to z and digits only, as this field reports it (ROUGE-1.5.5 -m). rougeL takes the whole text
-    for one sentence: our highlights are joined by blanks, and then the summary-level rougeLsum is the same number."""
+    for one sentence; rougeLsum (summary-level, papers on CNN/DM mean it by ROUGE-L) for a sentence a line."""
     from rouge_score.rouge_scorer import RougeScorer  # nltk comes with it: slow to import, and not every run has use for it
     scorer = RougeScorer(list(kinds), use_stemmer=stem)
     pairs = tqdm(list(zip(summaries, references, strict=True)), desc="ROUGE", unit="text", leave=False, delay=2)
     return np.array([[s[kind].fmeasure for kind in kinds] for text, reference in pairs for s in [scorer.score(reference, text)]])
 
 
-def rouge_means(summaries, references):
-    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)}"""
-    return {kind: (float(np.mean(f)), bootstrap_ci(f)) for kind, f in zip(ROUGE, rouge(summaries, references).T)}
+def rouge_means(summaries, references, articles=False):
+    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)}; of articles "rougeLsum" in place of rougeL, with a line for
+    each sentence: highlights have lines, but what a policy writes has none."""
+    kinds = (*ROUGE[:2], "rougeLsum") if articles else ROUGE
+    if articles:
+        summaries, references = (["\n".join(world.sentences(text)) for text in texts] for texts in (summaries, references))
+    return {kind: (float(np.mean(f)), bootstrap_ci(f)) for kind, f in zip(kinds, rouge(summaries, references, kinds).T)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +402,8 @@ def measure_policies(rows):
                 entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
         entry["rouge"] = None  # asked where no gold judge says more
         if not gold_known and name != "reference" and all(row["post"].get("summary") for row in rows):
-            entry["rouge"] = rouge_means([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
+            entry["rouge"] = rouge_means([s["text"] for s in mine], [row["post"]["summary"] for row in rows],
+                                         all(row["post"].get("task", "").startswith("cnndm") for row in rows))
         if "mock" in mine[0]:
             scores = np.array([s["mock"] for s in mine])
             entry |= {"mock_score": (float(scores.mean()), bootstrap_ci(scores)),
@@ -556,15 +561,16 @@ def table_rows(policies):
     """Header and rows of the table that the run ends with: by the gold judge, or where there is none by the mock labeler, or ROUGE, with
     95 % intervals."""
     gold, mock = policies["reference"]["gold_win_rate"] is not None, "mock_score" in policies["reference"]
+    kinds = next((p["rouge"] for p in policies.values() if p["rouge"]), ROUGE)
     header, rows = ["policy"], []
     header += ["gold win rate", "95 % interval", "equal length", "RM win rate", "gold utility"] if gold else [
-        *(["log-odds of positive", "positive"] if mock else ["ROUGE-1", "ROUGE-2", "ROUGE-L"]), "RM win rate"]
+        *(["log-odds of positive", "positive"] if mock else ["ROUGE-" + kind[5:] for kind in kinds]), "RM win rate"]
     for name in [n for n in POLICIES if n in policies]:
         p = policies[name]
         judged = [show(p["gold_win_rate"]), "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"]), equal_length(p),
                   show(p["rm_win_rate"]), show(p["gold_utility"], ".2f")] if gold else [
             *((with_interval(p["mock_score"], ".2f"), show(p["mock_positive"])) if mock else
-              (with_interval((p["rouge"] or {}).get(key)) for key in ("rouge1", "rouge2", "rougeL"))), show(p["rm_win_rate"])]
+              (with_interval((p["rouge"] or {}).get(key)) for key in kinds)), show(p["rm_win_rate"])]
         rows.append([LABELS[name].replace("\n", " "), *judged, show(p["rm_score"], ".2f"), show(p["kl"], ".1f"), show(p["length"], ".1f"),
                      show(p["no_eos"])])
     return header + ["RM score", "KL", "length", "no EOS"], rows

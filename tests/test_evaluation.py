@@ -203,6 +203,22 @@ def test_rouge_by_hand_and_by_brute_force():
         rouge(["a"], ["a", "b"])
 
 
+def test_rouge_of_articles_is_summary_level():
+    """Catches ROUGE-L of the whole text where papers on CNN/DM mean that of its sentences, or lines of one side only."""
+    summary, reference = ["My cat ate. A dog ran!"], ["A dog ran . My cat ate ."]
+    assert rouge_means(summary, reference)["rougeL"][0] == pytest.approx(3 / 6)
+    assert rouge_means(summary, reference, articles=True)["rougeLsum"][0] == 1
+    within = rouge_means(["ate cat the. dogs sat"], ["Dogs sat . The cat ate ."], True)  # order counts in a sentence: 2 and 1 of 5 words
+    assert within["rougeLsum"][0] == pytest.approx(3 / 5) and list(within) == ["rouge1", "rouge2", "rougeLsum"]
+    rows = [{"post": {"id": "1", "post": "x", "summary": reference[0], "task": "cnndm-transfer"}, "policies": {
+        name: {"text": summary[0], "length": 9, "eos": True, "score": 0., "kl": None} for name in ("reference", "sft")}}]
+    header, table = evaluation.table_rows(measure_policies(rows))
+    assert header[3] == "ROUGE-Lsum" and table[1][3].startswith("100.0%")
+    del rows[0]["post"]["task"]
+    header, table = evaluation.table_rows(measure_policies(rows))
+    assert header[3] == "ROUGE-L" and table[1][3].startswith("50.0%")
+
+
 # --- the two tables
 
 
@@ -399,9 +415,9 @@ def test_every_policy_answers_in_the_format_of_the_task(enc, monkeypatch):
                 assert row["policies"][name]["text"] == said
         assert row["policies"]["in_context"]["eos"] == (text != "a")
     measured = measure_policies(rows)
-    assert measured["lead3"]["rouge"] == rouge_means([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
+    assert measured["lead3"]["rouge"] == rouge_means([lead3(p) for p in posts], ["cat ate"] * 3, True) and measured["reference"]["rouge"] is None
     header, table = evaluation.table_rows(measured)
-    assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and [r[0] for r in table][3] == "pretrained (in context)"
+    assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-Lsum"] and [r[0] for r in table][3] == "pretrained (in context)"
     assert table[0][1] == "–" and table[1][1].startswith(f"{measured['lead3']['rouge']['rouge1'][0]:.1%} (") and len(set(map(len, [header] + table))) == 1
     with_gold = evaluation.table_rows(measure_policies(policy_rows(lambda i, p: {"text": "cat"})))
     assert with_gold[0][1] == "gold win rate" and "ROUGE-1" not in with_gold[0]
