@@ -30,7 +30,7 @@ from data import (DataError, decode_response, encode_query, encode_response, in_
                   load_posts, pad_rows, post_key, save_json_lines, write_atomic)
 from ppo import compare_policies
 from reward import group_by_post, sample_responses, score_all, score_groups
-from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
+from sft import Parser, evaluate_lm, load_fitting, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
 POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "best_of_n", "ppo"]
 
@@ -742,7 +742,7 @@ def judge_policy(folder, policy_folder, device):
     """The run's rows, as sample_policies gave them, with another policy in PPO's place: only that one is sampled and scored."""
     run = open_run(folder)
     samples, temperature = read_samples(folder), run.config["settings"]["ppo"]["temperature"]
-    policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
+    policy, sft = load_fitting(policy_folder, run, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
     responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from corpus import book_text
 from data import TASKS, DataError, decode_response, encode_query, query_text
 from reward import sample_responses, score_all
-from sft import Parser, load_model, open_run, pick_device, run_main, seed_number
+from sft import Parser, load_fitting, open_run, pick_device, run_main, seed_number
 
 MARKS = (r"\n\s*\n", r"(?<=[.!?])\s+", r"\s+", r"")  # what ends a paragraph, a sentence, a word, a character
 STAGES = ("ppo", "sft", "pretrained")
@@ -109,15 +109,6 @@ def policy_folder(run, policy):
         there = f"there are {' and '.join(done)}, for --policy" if done else "nothing is trained there yet"
         raise DataError(f"{run} has no finished {policy} model ({there}); `python run.py` with its settings goes on")
     return os.path.join(run, policy) if policy in STAGES else policy
-
-
-def load_fitting(folder, run, device, head="lm"):
-    """load_model, and a model of another vocabulary or too short a context is one sentence."""
-    c = (model := load_model(folder, device, head)).config
-    if c.vocab_size != run.enc.n_vocab or c.n_positions < run.Q + run.R:
-        raise DataError(f"the model in {folder} has {c.vocab_size} tokens and {c.n_positions} positions, the run {run.folder} needs "
-                        f"{run.enc.n_vocab} and {run.Q + run.R}; it belongs to another run")
-    return model
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ from conftest import full_summary, random_rows, tiny_model
 
 import evaluation
 import world
-from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines
+from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines, save_vocabulary, train_bpe
 from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, crossed_ci, elo, entries, lead3, length_controlled_ci, length_controlled_win_rate,
                         measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, rouge_means, sample_policies, sampled_kl, sentence_novelty,
                         wins)
@@ -472,6 +472,29 @@ def test_agreement_with_a_file_is_counted_one_by_one(small_run, enc, tmp_path, m
     save_json_lines(tmp_path / "seen.json", [compared("other", id="a")])
     with pytest.raises(DataError, match="trained its reward model on every post"):
         evaluate(monkeypatch, small_run, "--comparisons", tmp_path / "seen.json", "--device", "cpu")
+
+
+def test_a_policy_of_another_run_is_refused(small_run, enc, tmp_path, monkeypatch, capsys):
+    """Catches ids that mean other texts, where as many tokens hide it, and shapes that do not fit."""
+    with open(small_run + "/data/test.jsonl") as f:
+        posts = [json.loads(line) for line in f]
+    entry = {"text": "cat", "length": 2, "eos": True, "score": 0., "kl": None}
+    (tmp_path / "run" / "evaluation").mkdir()
+    save_json_lines(small_run + "/evaluation/samples.jsonl", [{"post": p, "policies": {"reference": entry, "ppo": entry}} for p in posts])
+    other = train_bpe(["the dogs ran and the office ran on and on; mornings and evenings of running dogs, " * 9], enc.n_vocab)
+    assert other.n_vocab == enc.n_vocab
+    for name, theirs, size, positions, says in [("own", enc, enc.n_vocab, 90, None), ("bare", None, enc.n_vocab, 90, None),
+                                                ("other", other, enc.n_vocab, 90, "another vocabulary.*another run"),
+                                                ("short", enc, enc.n_vocab, 81, "81 positions"), ("large", None, 300, 90, "300 tokens")]:
+        tiny_model(vocab_size=size, n_positions=positions).save_pretrained(tmp_path / name)
+        if theirs:
+            save_vocabulary(theirs, str(tmp_path / name))
+        if says is None:
+            evaluate(monkeypatch, small_run, "--policy", tmp_path / name, "--device", "cpu")
+            assert f"is the policy in {tmp_path / name}" in capsys.readouterr().out
+        else:
+            with pytest.raises(DataError, match=says):
+                evaluate(monkeypatch, small_run, "--policy", tmp_path / name, "--device", "cpu")
 
 
 def test_articles_and_axes_from_files(small_run, tmp_path, monkeypatch, capsys):

@@ -186,6 +186,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
      "every_policy_answers_in_the_format_of_the_task"),
     ("evaluation", '["lead3"]["text"] = lead3', '["lead3"]["_"] = lead3', "every_policy_answers_in_the_format_of_the_task"),
     ("reward", 'R, info.get("task", "tldr"), stop)', "R, stop=stop)", "a_comparison_of_articles_has_their_format"),
+    ("sft", "gpt2_encoding(folder)._mergeable_ranks != run.enc._mergeable_ranks", "False", "evaluation::a_policy_of_another_run_is_refused"),
+    ("evaluation", "load_fitting(policy_folder, run, device)", "load_model(policy_folder, device)", "a_policy_of_another_run_is_refused"),
     ("evaluation", '"ci": bootstrap_ci(*zip(*of))', '"ci": bootstrap_ci([x for x, _ in of])', "axis_means_by_hand"),
     ("evaluation", 'if not keys(c["info"]) & trained', 'if post_key(c["info"]) not in trained', "comparisons_of_posts_that_were_trained_on_are_left_out"),
     ("evaluation", 'if c.get("split") == "train" for key', "for key", "comparisons_of_posts_that_were_trained_on_are_left_out"),
