@@ -4,7 +4,7 @@ Every measurement of the papers' result sections that the pipeline makes, and it
 References: Stiennon 2020 §4, appendices F and G; Ziegler 2019 §3; InstructGPT 2022 §4.
 
     python evaluation.py out/tiny-seed1        # measures again from the saved samples; no model is run
-    python evaluation.py out/tiny-seed1 --posts cnn.csv --task cnndm-transfer     # the policies on other posts, or on articles
+    python evaluation.py out/tiny-seed1 --posts cnn.csv                           # the policies on other posts, or on articles
     python evaluation.py out/tiny-seed1 --comparisons batch22.json                # the reward model against other people's labels
     python evaluation.py out/tiny-seed1 --axis tldraxis1.json                     # Likert scores: means and intervals
 
@@ -765,11 +765,18 @@ def show_table(folder, name, header, rows):
     print(f"table in {save_table(folder, name, header, rows)}")
 
 
+def task_of(run):
+    """The task that the run was trained for; data.py takes its articles as cnndm-transfer where that is tldr."""
+    return run.config["settings"]["data"].get("task", "tldr")
+
+
 def judge_posts(folder, file, task, device):
     """Every policy on posts or articles that are not the run's own: table, report/FILE-TASK.csv, evaluation/FILE-TASK.jsonl.
 
-    (Stiennon §4.2: a model of TL;DRs transfers to CNN/DM, --task cnndm-transfer.)"""
-    run, (posts, skipped) = open_run(folder), load_posts(file, task)
+    (Stiennon §4.2: a model of TL;DRs transfers to CNN/DM, whose articles it meets as cnndm-transfer.)"""
+    run = open_run(folder)
+    posts, skipped = load_posts(file, task or task_of(run))
+    task = "+".join(sorted({post.get("task", "tldr") for post in posts}))  # a file may hold both
     for post in posts:
         post.pop("facts", None)  # the gold judge speaks of its own world only
     device = pick_device(device)
@@ -818,7 +825,8 @@ def unseen_comparisons(comparisons, seen):
 
 def judge_comparisons(folder, file, task, device):
     """How far the run's reward model agrees with a file of human comparisons: table by confidence, report/FILE-agreement.csv."""
-    run, (every, _) = open_run(folder), load_comparisons(file, task)
+    run = open_run(folder)
+    every, _ = load_comparisons(file, task or task_of(run))
     comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0])
     if not comparisons:
         raise DataError(f"{file}: the run {folder} has trained its reward model on every post of these comparisons; take others")
@@ -844,7 +852,8 @@ def main():
     what.add_argument("--comparisons", metavar="FILE", help="agreement of the run's reward model with these comparisons")
     what.add_argument("--axis", metavar="FILE", help="means of these Likert evaluations, in OpenAI's axis_evals format")
     parser.add_argument("--task", choices=["tldr", "cnndm", "cnndm-transfer"],
-                        help="format of --posts (default tldr) or of the articles in --comparisons (default cnndm-transfer)")
+                        help="format of --posts, or of the articles in --comparisons (default the run's own; of articles, for a run of "
+                             "tldr, cnndm-transfer)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args()
     if args.policy is not None:
@@ -852,9 +861,9 @@ def main():
         print(f"the row of PPO is the policy in {args.policy}")
         print_table(*table_rows(measure_policies(rows)))
     elif args.posts is not None:
-        judge_posts(args.run, args.posts, args.task or "tldr", args.device)
+        judge_posts(args.run, args.posts, args.task, args.device)
     elif args.comparisons is not None:
-        judge_comparisons(args.run, args.comparisons, args.task or "cnndm-transfer", args.device)
+        judge_comparisons(args.run, args.comparisons, args.task, args.device)
     elif args.axis is not None:
         judge_axes(args.run, args.axis)
     else:

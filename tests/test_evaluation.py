@@ -17,7 +17,7 @@ from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fra
                         measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, rouge_means, sample_policies, sampled_kl, sentence_novelty,
                         wins)
 from reward import group_by_post, sample_responses
-from sft import load_model
+from sft import load_model, open_run
 
 
 # --- best of n
@@ -497,10 +497,33 @@ def test_a_policy_of_another_run_is_refused(small_run, enc, tmp_path, monkeypatc
                 evaluate(monkeypatch, small_run, "--policy", tmp_path / name, "--device", "cpu")
 
 
+@pytest.mark.parametrize("trained, asked, format, name", [
+    ("tldr", [], "{}\n\nTL;DR:", "cnndm-transfer"), ("tldr", ["--task", "cnndm"], "Article:\n{}\n\nTL;DR:\n", "cnndm"),
+    ("cnndm", [], "Article:\n{}\n\nTL;DR:\n", "cnndm"), ("cnndm", ["--task", "tldr"], "{}\n\nTL;DR:", "cnndm-transfer")])
+def test_articles_have_the_format_that_the_run_was_trained_in(small_run, tmp_path, monkeypatch, capsys, trained, asked, format, name):
+    """Catches a run that is judged in a format it has never seen, and a table named after another task than its posts'."""
+    config, seen = json.loads((tmp_path / "run" / "config.json").read_text()), []
+    config["settings"]["data"]["task"] = trained
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(evaluation, "group_by_post", lambda enc, comparisons, *more: seen.extend(
+        groups := group_by_post(enc, comparisons, *more)) or groups)
+    monkeypatch.setattr(evaluation, "sample_policies", lambda enc, posts, models, reward_model, Q, *more: seen.extend(
+        {"query": encode_query(enc, post, Q)} for post in posts) or policy_rows(lambda i, p: {"text": "cat"}, n=2))
+    (tmp_path / "cnn.csv").write_text("id,article,highlights\n1,My dog ate.,The dog ate\n")
+    article = compared("My dog ate.")
+    article["info"] = {"id": "7", "site": "cnn", "title": "", "article": "My dog ate."}
+    save_json_lines(tmp_path / "cc.jsonl", [article])
+    for option, file in (("--posts", "cnn.csv"), ("--comparisons", "cc.jsonl")):
+        evaluate(monkeypatch, small_run, option, tmp_path / file, *asked, "--device", "cpu")
+    enc = open_run(small_run).enc
+    assert [enc.decode(group["query"]) for group in seen] == [format.format("My dog ate.")] * 2
+    assert f"1 posts as {name}, " in capsys.readouterr().out and (tmp_path / "run" / "evaluation" / f"cnn-{name}.jsonl").exists()
+
+
 def test_articles_and_axes_from_files(small_run, tmp_path, monkeypatch, capsys):
     """The transfer to articles and the Likert table, from the command line to the CSV."""
     (tmp_path / "cnn.csv").write_text("id,article,highlights\n1,My dog ate.,The dog ate\n2,A cat ate my dog. Bad.,Bad cat\n")
-    evaluate(monkeypatch, small_run, "--posts", tmp_path / "cnn.csv", "--task", "cnndm-transfer", "--device", "cpu")
+    evaluate(monkeypatch, small_run, "--posts", tmp_path / "cnn.csv", "--device", "cpu")
     out = capsys.readouterr().out
     assert "2 posts as cnndm-transfer" in out and out.count(" – ") >= 12 and [w for w in ("lead-3", "SFT", "PPO") if w not in out] == []
     rows = [json.loads(line) for line in open(small_run + "/evaluation/cnn-cnndm-transfer.jsonl")]
