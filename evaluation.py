@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import real
 import sentiment
 import world
 from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
@@ -770,12 +771,23 @@ def task_of(run):
     return run.config["settings"]["data"].get("task", "tldr")
 
 
+def trained_posts(run):
+    """Every post that the run's models were trained on, with a summary, as a prompt, or in a comparison."""
+    posts = [p for split in ("pretrain", "sft", "prompts") if os.path.exists(os.path.join(run.folder, "data", split + ".jsonl"))
+             for p in run.posts[split]]
+    comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
+    return posts + [c["info"] for c in comparisons if c["split"] == "train"]
+
+
 def judge_posts(folder, file, task, device):
     """Every policy on posts or articles that are not the run's own: table, report/FILE-TASK.csv, evaluation/FILE-TASK.jsonl.
 
     (Stiennon §4.2: a model of TL;DRs transfers to CNN/DM, whose articles it meets as cnndm-transfer.)"""
     run = open_run(folder)
-    posts, skipped = load_posts(file, task or task_of(run))
+    every, skipped = load_posts(file, task or task_of(run))
+    posts = real.without(every, trained_posts(run))
+    if not posts:
+        raise DataError(f"{file}: the run {folder} was trained on every one of these posts; take others")
     task = "+".join(sorted({post.get("task", "tldr") for post in posts}))  # a file may hold both
     for post in posts:
         post.pop("facts", None)  # the gold judge speaks of its own world only
@@ -787,8 +799,8 @@ def judge_posts(folder, file, task, device):
                               pick_examples(run.enc, examples))
     os.makedirs(os.path.join(folder, "evaluation"), exist_ok=True)
     save_json_lines(os.path.join(folder, "evaluation", f"{stem(file)}-{task}.jsonl"), samples)
-    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; "
-          "ROUGE is F1, stemmed")
+    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty, "
+          f"{len(every) - len(posts)} left out because the run was trained on them; ROUGE is F1, stemmed")
     show_table(folder, f"{stem(file)}-{task}", *table_rows(measure_policies(samples)))
 
 

@@ -520,6 +520,24 @@ def test_articles_have_the_format_that_the_run_was_trained_in(small_run, tmp_pat
     assert f"1 posts as {name}, " in capsys.readouterr().out and (tmp_path / "run" / "evaluation" / f"cnn-{name}.jsonl").exists()
 
 
+def test_posts_that_were_trained_on_are_left_out(small_run, tmp_path, monkeypatch, capsys):
+    """Catches a table on posts that the language model, SFT, PPO or the reward model has seen, by id or by text, and a count of others."""
+    def post(text, id=None, **more):
+        return {"id": id, "subreddit": "cat", "title": "t", "post": text, "summary": "cat", **more}
+    for i, split in enumerate(("pretrain", "sft", "prompts", "test")):
+        save_json_lines(f"{small_run}/data/{split}.jsonl", [post(f"cat {i}", f"{split}-id")])
+    save_json_lines(small_run + "/comparisons.jsonl", [compared("dog 1", id="5th", split="train"), compared("dog 2", id="6th", split="valid")])
+    asked = [post("new", f"{split}-id") for split in ("pretrain", "sft", "prompts", "test")]  # the last was not trained on
+    asked += [post(f"cat {i}") for i in range(4)] + [post("new", "5th"), post("dog 1"), post("dog 2"), post("new", "6th")]
+    save_json_lines(tmp_path / "asked.jsonl", asked)
+    evaluate(monkeypatch, small_run, "--posts", tmp_path / "asked.jsonl", "--device", "cpu")
+    rows = [json.loads(line)["post"] for line in open(small_run + "/evaluation/asked-tldr.jsonl")]
+    assert [(row["post"], row["id"]) for row in rows] == [("new", "test-id"), ("cat 3", "line-8"), ("dog 2", "line-11"), ("new", "6th")]
+    assert "4 posts as tldr" in (out := capsys.readouterr().out) and "8 left out because the run was trained on them" in out
+    with pytest.raises(DataError, match="trained on every one of these posts"):
+        evaluate(monkeypatch, small_run, "--posts", small_run + "/data/sft.jsonl", "--device", "cpu")
+
+
 def test_articles_and_axes_from_files(small_run, tmp_path, monkeypatch, capsys):
     """The transfer to articles and the Likert table, from the command line to the CSV."""
     (tmp_path / "cnn.csv").write_text("id,article,highlights\n1,My dog ate.,The dog ate\n2,A cat ate my dog. Bad.,Bad cat\n")
