@@ -130,8 +130,8 @@ def main(argv=None):
         temperature = args.temperature
         if temperature is None:
             temperature = run.config["settings"]["ppo"]["temperature"] if args.n > 1 else 0.0
-        if args.n < 1 or not 0 <= temperature < float("inf") or args.n > 1 and temperature == 0:
-            raise DataError("--n must be above 0 and --temperature a number from 0 on, above 0 where --n asks for more than one sample")
+        if args.n < 1 or temperature != 0 and not 1e-3 <= temperature < float("inf") or args.n > 1 and temperature == 0:
+            raise DataError("--n must be above 0 and --temperature 0 or from 0.001 on, not 0 where --n asks for more than one sample")
         if args.n > 1 and not os.path.exists(os.path.join(args.run, "reward", "model.safetensors")):
             raise DataError(f"{args.run} has no finished reward model to choose among {args.n} summaries; leave out --n")
         task = run.posts["test"][0].get("task", "tldr")

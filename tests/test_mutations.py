@@ -171,6 +171,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("summarize", "args.n).argmax(1)", "args.n).argmin(1)", "best_of_n_is_the_reward_models"),
     ("summarize", "many[i * args.n + b]", "many[i * args.n]", "best_of_n_is_the_reward_models"),
     ("summarize", "if room < run.R and", "if room < 0 and", "what_cannot_be_is_one_sentence"),
+    ("summarize", "not 1e-3 <= temperature <", "not 0 <= temperature <", "what_cannot_be_is_one_sentence"),
     ("evaluation", "s[kind].fmeasure", "s[kind].recall", "rouge_by_hand_and_by_brute_force"),
     ("evaluation", 'for texts in (summaries, references))', 'for texts in (summaries, [""] * len(references)))',
      "rouge_of_articles_is_summary_level"),
