@@ -39,17 +39,22 @@ POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "best_of_n"
 # ---------------------------------------------------------------------------------------------------------------------
 # statistics
 
-def bootstrap_ci(values, clusters=None, draws=2000, seed=0):
-    """95 % percentile interval of the mean. clusters: what to draw as a whole (comparisons of one post hang together)."""
+def bootstrap_ci(values, clusters=None, draws=2000, seed=0, choices=True):
+    """95 % percentile interval of the mean. clusters: what to draw as a whole (comparisons of one post hang together). choices: whether
+    values of 0, ½ and 1 alone are choices (see not_too_narrow). Of anything else None where there is only one to draw: it says nothing of
+    others."""
     values = np.asarray(values, float)
     if clusters is None:
         sums, sizes = values, np.ones(len(values))
     else:
         names, index = np.unique(np.asarray(clusters), return_inverse=True)
         sums, sizes = np.bincount(index, values, len(names)), np.bincount(index, minlength=len(names))
+    if len(sums) < 2 and not (choices and np.isin(values, (0, .5, 1)).all()):
+        return None
     draw = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
     means = sums[draw].sum(1) / sizes[draw].sum(1)
-    return not_too_narrow(*np.percentile(means, [2.5, 97.5]), values, len(sums))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return not_too_narrow(low, high, values, len(sums)) if choices else [float(low), float(high)]
 
 
 def not_too_narrow(low, high, values, n):
@@ -108,7 +113,10 @@ def length_controlled_win_rate(wins, log_length_ratio):
 
 
 def length_controlled_ci(wins, log_length_ratio, draws=300, seed=0):
-    """Its 95 % bootstrap interval over posts: where all lengths differ from the references', equal length is far from the data."""
+    """Its 95 % bootstrap interval over posts: where all lengths differ from the references', equal length is far from the data. None for
+    a single post."""
+    if len(wins) < 2:
+        return None
     y, x, rng = np.asarray(wins, float), np.asarray(log_length_ratio, float), np.random.default_rng(seed)
     fits = [length_controlled_win_rate(y[rows], x[rows]) for rows in rng.integers(0, len(y), (draws, len(y)))]
     return [float(bound) for bound in np.percentile(fits, [2.5, 97.5])]
@@ -258,7 +266,7 @@ def measure_reward(rows):
     if all(r["gold_agrees"] is not None for r in rows):
         gold = np.array([r["gold_agrees"] for r in rows])
         out |= {"labeler_ceiling": float(gold.mean()), "gap_to_ceiling": float((gold - right).mean()),
-                "gap_to_ceiling_ci": bootstrap_ci(gold - right, posts)}
+                "gap_to_ceiling_ci": bootstrap_ci(gold - right, posts, choices=False)}
     by_confidence = defaultdict(list)
     for r, ok in zip(rows, right):
         by_confidence[r["confidence"]].append(ok)
@@ -555,7 +563,9 @@ def show(value, form=".1%"):
 
 
 def with_interval(mean_ci, form=".1%"):
-    return "–" if mean_ci is None else f"{mean_ci[0]:{form}} ({mean_ci[1][0]:{form}} – {mean_ci[1][1]:{form}})"
+    if mean_ci is None or mean_ci[1] is None:
+        return "–" if mean_ci is None else f"{mean_ci[0]:{form}} (–)"
+    return f"{mean_ci[0]:{form}} ({mean_ci[1][0]:{form}} – {mean_ci[1][1]:{form}})"
 
 
 def table_rows(policies):
@@ -579,8 +589,8 @@ def table_rows(policies):
 
 def equal_length(p):
     """'65.8% ± 4.1%': half of its interval is as far as it goes on average to both sides."""
-    low, high = p["gold_win_rate_length_controlled_ci"]
-    return f"{p['gold_win_rate_length_controlled']:.1%} ± {(high - low) / 2:.1%}"
+    ci = p["gold_win_rate_length_controlled_ci"]
+    return f"{p['gold_win_rate_length_controlled']:.1%} ± " + ("–" if ci is None else f"{(ci[1] - ci[0]) / 2:.1%}")
 
 
 def print_table(header, rows):
@@ -810,7 +820,8 @@ def axis_means(evaluations):
     for row in evaluations:
         for axis, answer in row["summary"]["axes"].items():
             answers[row["summary"]["policy"] or "unknown"][axis].append((float(answer), post_key(row["info"])))
-    return {policy: {axis: {"mean": float(np.mean([x for x, _ in of])), "ci": bootstrap_ci(*zip(*of)), "n": len(of)}
+    return {policy: {axis: {"mean": float(np.mean([x for x, _ in of])), "n": len(of),
+                            "ci": bootstrap_ci(*zip(*of), choices=axis == "compatible")}
                      for axis, of in axes.items()} for policy, axes in sorted(answers.items())}
 
 

@@ -84,6 +84,19 @@ def test_few_choices_do_not_make_a_narrow_interval(n, p):
     assert bootstrap_ci([.02] * 12) == pytest.approx([.02, .02])  # no choices
 
 
+def test_one_post_has_no_interval():
+    """Catches an interval of width 0 for a single post, however many values it has: nothing is known of other posts."""
+    assert bootstrap_ci([.3]) is None and bootstrap_ci([.3, .4], ["a", "a"]) is None and length_controlled_ci([1], [.2]) is None
+    assert bootstrap_ci([.3, .4], ["a", "b"]) == [.3, .4] and length_controlled_ci([1, 1], [.2, .2]) is not None
+    low, high = bootstrap_ci([1.])  # a choice: Wilson's for 1 of 1
+    assert .2 < low < .21 and high == pytest.approx(1)
+    rows = [axis_row("a", str(i), overall=1, compatible=True) for i in range(9)]  # 1 of 7 is no choice
+    assert (axes := evaluation.axis_means(rows)["a"])["overall"]["ci"] == [1, 1] and .6 < axes["compatible"]["ci"][0] < .8
+    assert [evaluation.with_interval(x, ".1f") for x in (None, (2., None), (2., [1., 3.]))] == ["–", "2.0 (–)", "2.0 (1.0 – 3.0)"]
+    row = evaluation.table_rows(measure_policies(policy_rows(lambda i, p: {"text": "cat"}, n=1)))[1][0]
+    assert row[1:4] == ["50.0%", "5.5% – 94.5%", "50.0% ± –"]
+
+
 @pytest.mark.parametrize("seeds, sd", [(3, 1.), (3, .3), (8, .3), (12, .3)])
 def test_intervals_over_posts_and_seeds_hold_what_they_say(seeds, sd):
     """Catches an interval that forgets the seeds or the posts, or takes three seeds for many: where seeds are what differs, three drawn
@@ -434,7 +447,7 @@ def test_axis_means_by_hand():
     out = evaluation.axis_means(rows)
     assert {policy: set(axes) for policy, axes in out.items()} == {"a": {"overall", "compatible"}, "unknown": {"accuracy"}}
     assert (out["a"]["overall"]["mean"], out["a"]["overall"]["n"], out["a"]["compatible"]["mean"]) == (5, 3, .5)
-    assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] == [2, 2]  # 7 and 5 stand together or not at all
+    assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] is None  # 7 and 5 stand together or not at all
 
 
 def compared(post, title="t", id=None, choice=0, split=None, confidence=None, a=" cat cat", b=" dog", **more):
