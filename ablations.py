@@ -199,7 +199,7 @@ def arm_row(arm, default):
     seeds = sorted(set(arm) & set(default))
     rates = [100 * float(np.mean(arm[s]["wins"])) for s in seeds]
     paired = [100 * np.subtract(arm[s]["wins"], default[s]["wins"]) for s in seeds]
-    low, high = bootstrap_ci(np.concatenate(paired))
+    low, high = bootstrap_ci(np.concatenate(paired), choices=False) or (None, None)
     row = {"seeds": seeds, "n": sum(map(len, paired)), **over_seeds("gold win rate", rates), "by seed": rates,
            "minus default": float(np.mean(np.concatenate(paired))), "from": low, "to": high,
            "difference by seed": [float(np.mean(d)) for d in paired]}

@@ -4,7 +4,7 @@ Every measurement of the papers' result sections that the pipeline makes, and it
 References: Stiennon 2020 §4, appendices F and G; Ziegler 2019 §3; InstructGPT 2022 §4.
 
     python evaluation.py out/tiny-seed1        # measures again from the saved samples; no model is run
-    python evaluation.py out/tiny-seed1 --posts cnn.csv --task cnndm-transfer     # the policies on other posts, or on articles
+    python evaluation.py out/tiny-seed1 --posts cnn.csv                           # the policies on other posts, or on articles
     python evaluation.py out/tiny-seed1 --comparisons batch22.json                # the reward model against other people's labels
     python evaluation.py out/tiny-seed1 --axis tldraxis1.json                     # Likert scores: means and intervals
 
@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import real
 import sentiment
 import world
 from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
                   load_posts, pad_rows, post_key, save_json_lines, write_atomic)
 from ppo import compare_policies
 from reward import group_by_post, sample_responses, score_all, score_groups
-from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
+from sft import Parser, evaluate_lm, load_fitting, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
 
 POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "sft_sampled", "best_of_n", "ppo"]
 
@@ -38,17 +39,22 @@ POLICIES = ["reference", "lead3", "pretrained", "in_context", "sft", "sft_sample
 # ---------------------------------------------------------------------------------------------------------------------
 # statistics
 
-def bootstrap_ci(values, clusters=None, draws=2000, seed=0):
-    """95 % percentile interval of the mean. clusters: what to draw as a whole (comparisons of one post hang together)."""
+def bootstrap_ci(values, clusters=None, draws=2000, seed=0, choices=True):
+    """95 % percentile interval of the mean. clusters: what to draw as a whole (comparisons of one post hang together). choices: whether
+    values of 0, ½ and 1 alone are choices (see not_too_narrow). Of anything else None where there is only one to draw: it says nothing of
+    others."""
     values = np.asarray(values, float)
     if clusters is None:
         sums, sizes = values, np.ones(len(values))
     else:
         names, index = np.unique(np.asarray(clusters), return_inverse=True)
         sums, sizes = np.bincount(index, values, len(names)), np.bincount(index, minlength=len(names))
+    if len(sums) < 2 and not (choices and np.isin(values, (0, .5, 1)).all()):
+        return None
     draw = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
     means = sums[draw].sum(1) / sizes[draw].sum(1)
-    return not_too_narrow(*np.percentile(means, [2.5, 97.5]), values, len(sums))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return not_too_narrow(low, high, values, len(sums)) if choices else [float(low), float(high)]
 
 
 def not_too_narrow(low, high, values, n):
@@ -107,7 +113,10 @@ def length_controlled_win_rate(wins, log_length_ratio):
 
 
 def length_controlled_ci(wins, log_length_ratio, draws=300, seed=0):
-    """Its 95 % bootstrap interval over posts: where all lengths differ from the references', equal length is far from the data."""
+    """Its 95 % bootstrap interval over posts: where all lengths differ from the references', equal length is far from the data. None for
+    a single post."""
+    if len(wins) < 2:
+        return None
     y, x, rng = np.asarray(wins, float), np.asarray(log_length_ratio, float), np.random.default_rng(seed)
     fits = [length_controlled_win_rate(y[rows], x[rows]) for rows in rng.integers(0, len(y), (draws, len(y)))]
     return [float(bound) for bound in np.percentile(fits, [2.5, 97.5])]
@@ -183,16 +192,20 @@ def rouge(summaries, references, kinds=ROUGE, stem=True):
     """F1 of as many summaries as references, by rouge-score. -> [N, kinds]
 
     Lower case, Porter's stemmer, letters a to z and digits only, as this field reports it (ROUGE-1.5.5 -m). rougeL takes the whole text
-    for one sentence: our highlights are joined by blanks, and then the summary-level rougeLsum is the same number."""
+    for one sentence; rougeLsum (summary-level, papers on CNN/DM mean it by ROUGE-L) for a sentence a line."""
     from rouge_score.rouge_scorer import RougeScorer  # nltk comes with it: slow to import, and not every run has use for it
     scorer = RougeScorer(list(kinds), use_stemmer=stem)
     pairs = tqdm(list(zip(summaries, references, strict=True)), desc="ROUGE", unit="text", leave=False, delay=2)
     return np.array([[s[kind].fmeasure for kind in kinds] for text, reference in pairs for s in [scorer.score(reference, text)]])
 
 
-def rouge_means(summaries, references):
-    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)}"""
-    return {kind: (float(np.mean(f)), bootstrap_ci(f)) for kind, f in zip(ROUGE, rouge(summaries, references).T)}
+def rouge_means(summaries, references, articles=False):
+    """{"rouge1", "rouge2", "rougeL": (mean F1, 95 % interval over texts)}; of articles "rougeLsum" in place of rougeL, with a line for
+    each sentence: highlights have lines, but what a policy writes has none."""
+    kinds = (*ROUGE[:2], "rougeLsum") if articles else ROUGE
+    if articles:
+        summaries, references = (["\n".join(world.sentences(text)) for text in texts] for texts in (summaries, references))
+    return {kind: (float(np.mean(f)), bootstrap_ci(f)) for kind, f in zip(kinds, rouge(summaries, references, kinds).T)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +266,7 @@ def measure_reward(rows):
     if all(r["gold_agrees"] is not None for r in rows):
         gold = np.array([r["gold_agrees"] for r in rows])
         out |= {"labeler_ceiling": float(gold.mean()), "gap_to_ceiling": float((gold - right).mean()),
-                "gap_to_ceiling_ci": bootstrap_ci(gold - right, posts)}
+                "gap_to_ceiling_ci": bootstrap_ci(gold - right, posts, choices=False)}
     by_confidence = defaultdict(list)
     for r, ok in zip(rows, right):
         by_confidence[r["confidence"]].append(ok)
@@ -400,7 +413,8 @@ def measure_policies(rows):
                 entry |= {"gold_win_rate_sft": float(w.mean()), "gold_win_rate_sft_ci": bootstrap_ci(w)}
         entry["rouge"] = None  # asked where no gold judge says more
         if not gold_known and name != "reference" and all(row["post"].get("summary") for row in rows):
-            entry["rouge"] = rouge_means([s["text"] for s in mine], [row["post"]["summary"] for row in rows])
+            entry["rouge"] = rouge_means([s["text"] for s in mine], [row["post"]["summary"] for row in rows],
+                                         all(row["post"].get("task", "").startswith("cnndm") for row in rows))
         if "mock" in mine[0]:
             scores = np.array([s["mock"] for s in mine])
             entry |= {"mock_score": (float(scores.mean()), bootstrap_ci(scores)),
@@ -551,22 +565,25 @@ def show(value, form=".1%"):
 
 
 def with_interval(mean_ci, form=".1%"):
-    return "–" if mean_ci is None else f"{mean_ci[0]:{form}} ({mean_ci[1][0]:{form}} – {mean_ci[1][1]:{form}})"
+    if mean_ci is None or mean_ci[1] is None:
+        return "–" if mean_ci is None else f"{mean_ci[0]:{form}} (–)"
+    return f"{mean_ci[0]:{form}} ({mean_ci[1][0]:{form}} – {mean_ci[1][1]:{form}})"
 
 
 def table_rows(policies):
     """Header and rows of the table that the run ends with: by the gold judge, or where there is none by the mock labeler, or ROUGE, with
     95 % intervals."""
     gold, mock = policies["reference"]["gold_win_rate"] is not None, "mock_score" in policies["reference"]
+    kinds = next((p["rouge"] for p in policies.values() if p["rouge"]), ROUGE)
     header, rows = ["policy"], []
     header += ["gold win rate", "95 % interval", "equal length", "RM win rate", "gold utility"] if gold else [
-        *(["log-odds of positive", "positive"] if mock else ["ROUGE-1", "ROUGE-2", "ROUGE-L"]), "RM win rate"]
+        *(["log-odds of positive", "positive"] if mock else ["ROUGE-" + kind[5:] for kind in kinds]), "RM win rate"]
     for name in [n for n in POLICIES if n in policies]:
         p = policies[name]
         judged = [show(p["gold_win_rate"]), "{:.1%} – {:.1%}".format(*p["gold_win_rate_ci"]), equal_length(p),
                   show(p["rm_win_rate"]), show(p["gold_utility"], ".2f")] if gold else [
             *((with_interval(p["mock_score"], ".2f"), show(p["mock_positive"])) if mock else
-              (with_interval((p["rouge"] or {}).get(key)) for key in ("rouge1", "rouge2", "rougeL"))), show(p["rm_win_rate"])]
+              (with_interval((p["rouge"] or {}).get(key)) for key in kinds)), show(p["rm_win_rate"])]
         rows.append([LABELS[name].replace("\n", " "), *judged, show(p["rm_score"], ".2f"), show(p["kl"], ".1f"), show(p["length"], ".1f"),
                      show(p["no_eos"])])
     return header + ["RM score", "KL", "length", "no EOS"], rows
@@ -574,8 +591,8 @@ def table_rows(policies):
 
 def equal_length(p):
     """'65.8% ± 4.1%': half of its interval is as far as it goes on average to both sides."""
-    low, high = p["gold_win_rate_length_controlled_ci"]
-    return f"{p['gold_win_rate_length_controlled']:.1%} ± {(high - low) / 2:.1%}"
+    ci = p["gold_win_rate_length_controlled_ci"]
+    return f"{p['gold_win_rate_length_controlled']:.1%} ± " + ("–" if ci is None else f"{(ci[1] - ci[0]) / 2:.1%}")
 
 
 def print_table(header, rows):
@@ -738,7 +755,7 @@ def judge_policy(folder, policy_folder, device):
     """The run's rows, as sample_policies gave them, with another policy in PPO's place: only that one is sampled and scored."""
     run = open_run(folder)
     samples, temperature = read_samples(folder), run.config["settings"]["ppo"]["temperature"]
-    policy, sft = load_model(policy_folder, device), load_model(os.path.join(folder, "sft"), device)
+    policy, sft = load_fitting(policy_folder, run, device), load_model(os.path.join(folder, "sft"), device)
     reward_model = load_model(os.path.join(folder, "reward"), device, "scalar")
     queries, generator = [encode_query(run.enc, row["post"], run.Q) for row in samples], torch.Generator().manual_seed(run.config["seed"])
     responses, kls = responses_and_kl(policy, sft, queries, run.R, temperature, generator, run.stop,
@@ -761,11 +778,29 @@ def show_table(folder, name, header, rows):
     print(f"table in {save_table(folder, name, header, rows)}")
 
 
+def task_of(run):
+    """The task that the run was trained for; data.py takes its articles as cnndm-transfer where that is tldr."""
+    return run.config["settings"]["data"].get("task", "tldr")
+
+
+def trained_posts(run):
+    """Every post that the run's models were trained on, with a summary, as a prompt, or in a comparison."""
+    posts = [p for split in ("pretrain", "sft", "prompts") if os.path.exists(os.path.join(run.folder, "data", split + ".jsonl"))
+             for p in run.posts[split]]
+    comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
+    return posts + [c["info"] for c in comparisons if c["split"] == "train"]
+
+
 def judge_posts(folder, file, task, device):
     """Every policy on posts or articles that are not the run's own: table, report/FILE-TASK.csv, evaluation/FILE-TASK.jsonl.
 
-    (Stiennon §4.2: a model of TL;DRs transfers to CNN/DM, --task cnndm-transfer.)"""
-    run, (posts, skipped) = open_run(folder), load_posts(file, task)
+    (Stiennon §4.2: a model of TL;DRs transfers to CNN/DM, whose articles it meets as cnndm-transfer.)"""
+    run = open_run(folder)
+    every, skipped = load_posts(file, task or task_of(run))
+    posts = real.without(every, trained_posts(run))
+    if not posts:
+        raise DataError(f"{file}: the run {folder} was trained on every one of these posts; take others")
+    task = "+".join(sorted({post.get("task", "tldr") for post in posts}))  # a file may hold both
     for post in posts:
         post.pop("facts", None)  # the gold judge speaks of its own world only
     device = pick_device(device)
@@ -776,8 +811,8 @@ def judge_posts(folder, file, task, device):
                               pick_examples(run.enc, examples))
     os.makedirs(os.path.join(folder, "evaluation"), exist_ok=True)
     save_json_lines(os.path.join(folder, "evaluation", f"{stem(file)}-{task}.jsonl"), samples)
-    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty; "
-          "ROUGE is F1, stemmed")
+    print(f"{file}: {len(posts)} posts as {task}, cut to {run.Q} tokens; {skipped} more skipped because a text is empty, "
+          f"{len(every) - len(posts)} left out because the run was trained on them; ROUGE is F1, stemmed")
     show_table(folder, f"{stem(file)}-{task}", *table_rows(measure_policies(samples)))
 
 
@@ -787,7 +822,8 @@ def axis_means(evaluations):
     for row in evaluations:
         for axis, answer in row["summary"]["axes"].items():
             answers[row["summary"]["policy"] or "unknown"][axis].append((float(answer), post_key(row["info"])))
-    return {policy: {axis: {"mean": float(np.mean([x for x, _ in of])), "ci": bootstrap_ci(*zip(*of)), "n": len(of)}
+    return {policy: {axis: {"mean": float(np.mean([x for x, _ in of])), "n": len(of),
+                            "ci": bootstrap_ci(*zip(*of), choices=axis == "compatible")}
                      for axis, of in axes.items()} for policy, axes in sorted(answers.items())}
 
 
@@ -814,7 +850,8 @@ def unseen_comparisons(comparisons, seen):
 
 def judge_comparisons(folder, file, task, device):
     """How far the run's reward model agrees with a file of human comparisons: table by confidence, report/FILE-agreement.csv."""
-    run, (every, _) = open_run(folder), load_comparisons(file, task)
+    run = open_run(folder)
+    every, _ = load_comparisons(file, task or task_of(run))
     comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0])
     if not comparisons:
         raise DataError(f"{file}: the run {folder} has trained its reward model on every post of these comparisons; take others")
@@ -840,7 +877,8 @@ def main():
     what.add_argument("--comparisons", metavar="FILE", help="agreement of the run's reward model with these comparisons")
     what.add_argument("--axis", metavar="FILE", help="means of these Likert evaluations, in OpenAI's axis_evals format")
     parser.add_argument("--task", choices=["tldr", "cnndm", "cnndm-transfer"],
-                        help="format of --posts (default tldr) or of the articles in --comparisons (default cnndm-transfer)")
+                        help="format of --posts, or of the articles in --comparisons (default the run's own; of articles, for a run of "
+                             "tldr, cnndm-transfer)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     args = parser.parse_args()
     if args.policy is not None:
@@ -848,9 +886,9 @@ def main():
         print(f"the row of PPO is the policy in {args.policy}")
         print_table(*table_rows(measure_policies(rows)))
     elif args.posts is not None:
-        judge_posts(args.run, args.posts, args.task or "tldr", args.device)
+        judge_posts(args.run, args.posts, args.task, args.device)
     elif args.comparisons is not None:
-        judge_comparisons(args.run, args.comparisons, args.task or "cnndm-transfer", args.device)
+        judge_comparisons(args.run, args.comparisons, args.task, args.device)
     elif args.axis is not None:
         judge_axes(args.run, args.axis)
     else:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from corpus import held_out_text, post_rows, store_rows, stored_text, text_files
-from data import (DataError, encode_query, encode_response, load_encoding, load_posts, pad_rows, save_vocabulary,
+from data import (DataError, encode_query, encode_response, gpt2_encoding, load_encoding, load_posts, pad_rows, save_vocabulary,
                   write_atomic)
 from model import GPT, choose_precision
 
@@ -335,6 +335,18 @@ def load_model(folder, device, head="lm"):
     except Exception as e:  # safetensors' own error type for a damaged file
         raise DataError(f"the model in {folder} is damaged: {e}") from None
     model.amp_dtype = choose_precision(device)[0]
+    return model
+
+
+def load_fitting(folder, run, device, head="lm"):
+    """load_model, and a model of another vocabulary or too short a context is one sentence."""
+    c = (model := load_model(folder, device, head)).config
+    if c.vocab_size != run.enc.n_vocab or c.n_positions < run.Q + run.R:
+        raise DataError(f"the model in {folder} has {c.vocab_size} tokens and {c.n_positions} positions, the run {run.folder} needs "
+                        f"{run.enc.n_vocab} and {run.Q + run.R}; it belongs to another run")
+    if os.path.exists(os.path.join(folder, "vocab.json")) and gpt2_encoding(folder)._mergeable_ranks != run.enc._mergeable_ranks:
+        raise DataError(f"the model in {folder} has another vocabulary than the run {run.folder}: its tokens mean other texts; "
+                        "it belongs to another run")
     return model
 
 

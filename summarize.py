@@ -22,7 +22,7 @@ from tqdm import tqdm
 from corpus import book_text
 from data import TASKS, DataError, decode_response, encode_query, query_text
 from reward import sample_responses, score_all
-from sft import Parser, load_model, open_run, pick_device, run_main, seed_number
+from sft import Parser, load_fitting, open_run, pick_device, run_main, seed_number
 
 MARKS = (r"\n\s*\n", r"(?<=[.!?])\s+", r"\s+", r"")  # what ends a paragraph, a sentence, a word, a character
 STAGES = ("ppo", "sft", "pretrained")
@@ -111,15 +111,6 @@ def policy_folder(run, policy):
     return os.path.join(run, policy) if policy in STAGES else policy
 
 
-def load_fitting(folder, run, device, head="lm"):
-    """load_model, and a model of another vocabulary or too short a context is one sentence."""
-    c = (model := load_model(folder, device, head)).config
-    if c.vocab_size != run.enc.n_vocab or c.n_positions < run.Q + run.R:
-        raise DataError(f"the model in {folder} has {c.vocab_size} tokens and {c.n_positions} positions, the run {run.folder} needs "
-                        f"{run.enc.n_vocab} and {run.Q + run.R}; it belongs to another run")
-    return model
-
-
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="*", metavar="FILE", help="text in UTF-8, or gzipped; - or none is standard input")
@@ -139,8 +130,8 @@ def main(argv=None):
         temperature = args.temperature
         if temperature is None:
             temperature = run.config["settings"]["ppo"]["temperature"] if args.n > 1 else 0.0
-        if args.n < 1 or not 0 <= temperature < float("inf") or args.n > 1 and temperature == 0:
-            raise DataError("--n must be above 0 and --temperature a number from 0 on, above 0 where --n asks for more than one sample")
+        if args.n < 1 or temperature != 0 and not 1e-3 <= temperature < float("inf") or args.n > 1 and temperature == 0:
+            raise DataError("--n must be above 0 and --temperature 0 or from 0.001 on, not 0 where --n asks for more than one sample")
         if args.n > 1 and not os.path.exists(os.path.join(args.run, "reward", "model.safetensors")):
             raise DataError(f"{args.run} has no finished reward model to choose among {args.n} summaries; leave out --n")
         task = run.posts["test"][0].get("task", "tldr")

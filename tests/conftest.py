@@ -99,7 +99,8 @@ def small_run(tmp_path, enc):
     folder = tmp_path / "run"
     (folder / "data").mkdir(parents=True)
     post = {"id": "a", "subreddit": "cat", "title": "my dog", "post": "my dog ate the cat", "summary": "dog ate cat"}
-    (folder / "config.json").write_text(json.dumps({"seed": 1, "settings": {"ppo": {"temperature": 0.7, "stop_token": "", "truncate_after": 0}}}))
+    (folder / "config.json").write_text(json.dumps({"seed": 1, "settings": {
+        "data": {"task": "tldr"}, "ppo": {"temperature": 0.7, "stop_token": "", "truncate_after": 0}}}))
     (folder / "data" / "lengths.json").write_text(json.dumps({"Q": 70, "R": 12}))
     save_encoding(enc, folder / "tokenizer.json")
     for split in ("sft", "test"):

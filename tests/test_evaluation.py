@@ -12,12 +12,12 @@ from conftest import full_summary, random_rows, tiny_model
 
 import evaluation
 import world
-from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines
+from data import DataError, encode_query, encode_response, in_context_query, pad_rows, save_json_lines, save_vocabulary, train_bpe
 from evaluation import (best_of_n_estimate, best_of_n_kl, bootstrap_ci, copy_fraction, crossed_ci, elo, entries, lead3, length_controlled_ci, length_controlled_win_rate,
                         measure_policies, measure_reward, responses_and_kl, reward_margins, rouge, rouge_means, sample_policies, sampled_kl, sentence_novelty,
                         wins)
 from reward import group_by_post, sample_responses
-from sft import load_model
+from sft import load_model, open_run
 
 
 # --- best of n
@@ -82,6 +82,19 @@ def test_few_choices_do_not_make_a_narrow_interval(n, p):
         assert np.mean([low <= p <= high for low, high in map(interval, samples)]) >= .92
     assert bootstrap_ci([1.] * 12)[1] == pytest.approx(1) and .7 < bootstrap_ci([1.] * 12)[0] < .8  # Wilson's for 12 of 12: 0.757
     assert bootstrap_ci([.02] * 12) == pytest.approx([.02, .02])  # no choices
+
+
+def test_one_post_has_no_interval():
+    """Catches an interval of width 0 for a single post, however many values it has: nothing is known of other posts."""
+    assert bootstrap_ci([.3]) is None and bootstrap_ci([.3, .4], ["a", "a"]) is None and length_controlled_ci([1], [.2]) is None
+    assert bootstrap_ci([.3, .4], ["a", "b"]) == [.3, .4] and length_controlled_ci([1, 1], [.2, .2]) is not None
+    low, high = bootstrap_ci([1.])  # a choice: Wilson's for 1 of 1
+    assert .2 < low < .21 and high == pytest.approx(1)
+    rows = [axis_row("a", str(i), overall=1, compatible=True) for i in range(9)]  # 1 of 7 is no choice
+    assert (axes := evaluation.axis_means(rows)["a"])["overall"]["ci"] == [1, 1] and .6 < axes["compatible"]["ci"][0] < .8
+    assert [evaluation.with_interval(x, ".1f") for x in (None, (2., None), (2., [1., 3.]))] == ["–", "2.0 (–)", "2.0 (1.0 – 3.0)"]
+    row = evaluation.table_rows(measure_policies(policy_rows(lambda i, p: {"text": "cat"}, n=1)))[1][0]
+    assert row[1:4] == ["50.0%", "5.5% – 94.5%", "50.0% ± –"]
 
 
 @pytest.mark.parametrize("seeds, sd", [(3, 1.), (3, .3), (8, .3), (12, .3)])
@@ -201,6 +214,22 @@ def test_rouge_by_hand_and_by_brute_force():
         assert rouge([" ".join(a)], [" ".join(b)])[0].tolist() == pytest.approx(expected)
     with pytest.raises(ValueError):
         rouge(["a"], ["a", "b"])
+
+
+def test_rouge_of_articles_is_summary_level():
+    """Catches ROUGE-L of the whole text where papers on CNN/DM mean that of its sentences, or lines of one side only."""
+    summary, reference = ["My cat ate. A dog ran!"], ["A dog ran . My cat ate ."]
+    assert rouge_means(summary, reference)["rougeL"][0] == pytest.approx(3 / 6)
+    assert rouge_means(summary, reference, articles=True)["rougeLsum"][0] == 1
+    within = rouge_means(["ate cat the. dogs sat"], ["Dogs sat . The cat ate ."], True)  # order counts in a sentence: 2 and 1 of 5 words
+    assert within["rougeLsum"][0] == pytest.approx(3 / 5) and list(within) == ["rouge1", "rouge2", "rougeLsum"]
+    rows = [{"post": {"id": "1", "post": "x", "summary": reference[0], "task": "cnndm-transfer"}, "policies": {
+        name: {"text": summary[0], "length": 9, "eos": True, "score": 0., "kl": None} for name in ("reference", "sft")}}]
+    header, table = evaluation.table_rows(measure_policies(rows))
+    assert header[3] == "ROUGE-Lsum" and table[1][3].startswith("100.0%")
+    del rows[0]["post"]["task"]
+    header, table = evaluation.table_rows(measure_policies(rows))
+    assert header[3] == "ROUGE-L" and table[1][3].startswith("50.0%")
 
 
 # --- the two tables
@@ -408,9 +437,9 @@ def test_every_policy_answers_in_the_format_of_the_task(enc, monkeypatch):
                 assert row["policies"][name]["text"] == said
         assert row["policies"]["in_context"]["eos"] == (text != "a")
     measured = measure_policies(rows)
-    assert measured["lead3"]["rouge"] == rouge_means([lead3(p) for p in posts], ["cat ate"] * 3) and measured["reference"]["rouge"] is None
+    assert measured["lead3"]["rouge"] == rouge_means([lead3(p) for p in posts], ["cat ate"] * 3, True) and measured["reference"]["rouge"] is None
     header, table = evaluation.table_rows(measured)
-    assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and [r[0] for r in table][3] == "pretrained (in context)"
+    assert header[1:4] == ["ROUGE-1", "ROUGE-2", "ROUGE-Lsum"] and [r[0] for r in table][3] == "pretrained (in context)"
     assert table[0][1] == "–" and table[1][1].startswith(f"{measured['lead3']['rouge']['rouge1'][0]:.1%} (") and len(set(map(len, [header] + table))) == 1
     with_gold = evaluation.table_rows(measure_policies(policy_rows(lambda i, p: {"text": "cat"})))
     assert with_gold[0][1] == "gold win rate" and "ROUGE-1" not in with_gold[0]
@@ -427,7 +456,7 @@ def test_axis_means_by_hand():
     out = evaluation.axis_means(rows)
     assert {policy: set(axes) for policy, axes in out.items()} == {"a": {"overall", "compatible"}, "unknown": {"accuracy"}}
     assert (out["a"]["overall"]["mean"], out["a"]["overall"]["n"], out["a"]["compatible"]["mean"]) == (5, 3, .5)
-    assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] == [2, 2]  # 7 and 5 stand together or not at all
+    assert out["a"]["overall"]["ci"] == [3, 6] and out["unknown"]["accuracy"]["ci"] is None  # 7 and 5 stand together or not at all
 
 
 def compared(post, title="t", id=None, choice=0, split=None, confidence=None, a=" cat cat", b=" dog", **more):
@@ -467,10 +496,74 @@ def test_agreement_with_a_file_is_counted_one_by_one(small_run, enc, tmp_path, m
         evaluate(monkeypatch, small_run, "--comparisons", tmp_path / "seen.json", "--device", "cpu")
 
 
+def test_a_policy_of_another_run_is_refused(small_run, enc, tmp_path, monkeypatch, capsys):
+    """Catches ids that mean other texts, where as many tokens hide it, and shapes that do not fit."""
+    with open(small_run + "/data/test.jsonl") as f:
+        posts = [json.loads(line) for line in f]
+    entry = {"text": "cat", "length": 2, "eos": True, "score": 0., "kl": None}
+    (tmp_path / "run" / "evaluation").mkdir()
+    save_json_lines(small_run + "/evaluation/samples.jsonl", [{"post": p, "policies": {"reference": entry, "ppo": entry}} for p in posts])
+    other = train_bpe(["the dogs ran and the office ran on and on; mornings and evenings of running dogs, " * 9], enc.n_vocab)
+    assert other.n_vocab == enc.n_vocab
+    for name, theirs, size, positions, says in [("own", enc, enc.n_vocab, 90, None), ("bare", None, enc.n_vocab, 90, None),
+                                                ("other", other, enc.n_vocab, 90, "another vocabulary.*another run"),
+                                                ("short", enc, enc.n_vocab, 81, "81 positions"), ("large", None, 300, 90, "300 tokens")]:
+        tiny_model(vocab_size=size, n_positions=positions).save_pretrained(tmp_path / name)
+        if theirs:
+            save_vocabulary(theirs, str(tmp_path / name))
+        if says is None:
+            evaluate(monkeypatch, small_run, "--policy", tmp_path / name, "--device", "cpu")
+            assert f"is the policy in {tmp_path / name}" in capsys.readouterr().out
+        else:
+            with pytest.raises(DataError, match=says):
+                evaluate(monkeypatch, small_run, "--policy", tmp_path / name, "--device", "cpu")
+
+
+@pytest.mark.parametrize("trained, asked, format, name", [
+    ("tldr", [], "{}\n\nTL;DR:", "cnndm-transfer"), ("tldr", ["--task", "cnndm"], "Article:\n{}\n\nTL;DR:\n", "cnndm"),
+    ("cnndm", [], "Article:\n{}\n\nTL;DR:\n", "cnndm"), ("cnndm", ["--task", "tldr"], "{}\n\nTL;DR:", "cnndm-transfer")])
+def test_articles_have_the_format_that_the_run_was_trained_in(small_run, tmp_path, monkeypatch, capsys, trained, asked, format, name):
+    """Catches a run that is judged in a format it has never seen, and a table named after another task than its posts'."""
+    config, seen = json.loads((tmp_path / "run" / "config.json").read_text()), []
+    config["settings"]["data"]["task"] = trained
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(evaluation, "group_by_post", lambda enc, comparisons, *more: seen.extend(
+        groups := group_by_post(enc, comparisons, *more)) or groups)
+    monkeypatch.setattr(evaluation, "sample_policies", lambda enc, posts, models, reward_model, Q, *more: seen.extend(
+        {"query": encode_query(enc, post, Q)} for post in posts) or policy_rows(lambda i, p: {"text": "cat"}, n=2))
+    (tmp_path / "cnn.csv").write_text("id,article,highlights\n1,My dog ate.,The dog ate\n")
+    article = compared("My dog ate.")
+    article["info"] = {"id": "7", "site": "cnn", "title": "", "article": "My dog ate."}
+    save_json_lines(tmp_path / "cc.jsonl", [article])
+    for option, file in (("--posts", "cnn.csv"), ("--comparisons", "cc.jsonl")):
+        evaluate(monkeypatch, small_run, option, tmp_path / file, *asked, "--device", "cpu")
+    enc = open_run(small_run).enc
+    assert [enc.decode(group["query"]) for group in seen] == [format.format("My dog ate.")] * 2
+    assert f"1 posts as {name}, " in capsys.readouterr().out and (tmp_path / "run" / "evaluation" / f"cnn-{name}.jsonl").exists()
+
+
+def test_posts_that_were_trained_on_are_left_out(small_run, tmp_path, monkeypatch, capsys):
+    """Catches a table on posts that the language model, SFT, PPO or the reward model has seen, by id or by text, and a count of others."""
+    def post(text, id=None, **more):
+        return {"id": id, "subreddit": "cat", "title": "t", "post": text, "summary": "cat", **more}
+    for i, split in enumerate(("pretrain", "sft", "prompts", "test")):
+        save_json_lines(f"{small_run}/data/{split}.jsonl", [post(f"cat {i}", f"{split}-id")])
+    save_json_lines(small_run + "/comparisons.jsonl", [compared("dog 1", id="5th", split="train"), compared("dog 2", id="6th", split="valid")])
+    asked = [post("new", f"{split}-id") for split in ("pretrain", "sft", "prompts", "test")]  # the last was not trained on
+    asked += [post(f"cat {i}") for i in range(4)] + [post("new", "5th"), post("dog 1"), post("dog 2"), post("new", "6th")]
+    save_json_lines(tmp_path / "asked.jsonl", asked)
+    evaluate(monkeypatch, small_run, "--posts", tmp_path / "asked.jsonl", "--device", "cpu")
+    rows = [json.loads(line)["post"] for line in open(small_run + "/evaluation/asked-tldr.jsonl")]
+    assert [(row["post"], row["id"]) for row in rows] == [("new", "test-id"), ("cat 3", "line-8"), ("dog 2", "line-11"), ("new", "6th")]
+    assert "4 posts as tldr" in (out := capsys.readouterr().out) and "8 left out because the run was trained on them" in out
+    with pytest.raises(DataError, match="trained on every one of these posts"):
+        evaluate(monkeypatch, small_run, "--posts", small_run + "/data/sft.jsonl", "--device", "cpu")
+
+
 def test_articles_and_axes_from_files(small_run, tmp_path, monkeypatch, capsys):
     """The transfer to articles and the Likert table, from the command line to the CSV."""
     (tmp_path / "cnn.csv").write_text("id,article,highlights\n1,My dog ate.,The dog ate\n2,A cat ate my dog. Bad.,Bad cat\n")
-    evaluate(monkeypatch, small_run, "--posts", tmp_path / "cnn.csv", "--task", "cnndm-transfer", "--device", "cpu")
+    evaluate(monkeypatch, small_run, "--posts", tmp_path / "cnn.csv", "--device", "cpu")
     out = capsys.readouterr().out
     assert "2 posts as cnndm-transfer" in out and out.count(" – ") >= 12 and [w for w in ("lead-3", "SFT", "PPO") if w not in out] == []
     rows = [json.loads(line) for line in open(small_run + "/evaluation/cnn-cnndm-transfer.jsonl")]

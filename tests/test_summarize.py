@@ -117,7 +117,8 @@ def test_what_cannot_be_is_one_sentence(small_run, enc, tmp_path, monkeypatch):
                        (["missing"], "missing does not exist"), (["good"], "no finished ppo model .there are sft and pretrained"),
                        (["good", "--run", "no"], "no is not the folder of a run"), (["good", "--policy", "foreign"], "belongs to another run"),
                        (["good", "--policy", "nowhere"], "nowhere holds no model"), (["good", "--policy", "sft", "--n", "2"], "no finished reward"),
-                       (["good", "--n", "0"], "--n"), (["good", "--temperature", "nan"], "--temperature"), (["good", "--n", "2", "--temperature", "0"], "--n"),
+                       (["good", "--n", "0"], "--n"), (["good", "--temperature", "nan"], "--temperature"),
+                       (["good", "--temperature", "1e-320"], "0 or from 0.001 on"), (["good", "--temperature=-1"], "--temperature"), (["good", "--n", "2", "--temperature", "0"], "--n"),
                        (["long", "--title", title], "shorter --title")]:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(DataError, match=says):
