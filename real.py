@@ -129,9 +129,9 @@ def split_posts(run):
     """-> encoding, {split: posts}. Posts that are tested on are in no other split, and the vocabulary is not trained on them."""
     s, files, posts = run.settings.data, run.files, read_posts(run)
     held = max(1, min(s.test, len(posts) // 8))
-    parts = {"test": load_posts(files["test_posts"], s.task)[0][:s.test] if files["test_posts"] else posts[:held]}
-    posts = without(posts[0 if files["test_posts"] else held:], parts["test"])
-    parts |= {"valid": posts[:held], "train": without(posts[held:], posts[:held])}
+    tests = load_posts(files["test_posts"], s.task)[0] if files["test_posts"] else posts[:held]
+    posts = without(posts[0 if files["test_posts"] else held:], tests)  # nor those of --test-posts that data.test is too small for
+    parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held])}
     enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
     for name in parts if s.filter else ():
         parts[name], dropped = filter_tldr(parts[name], enc)

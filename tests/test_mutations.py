@@ -221,6 +221,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
      "copying_table_on_planted_writers"),
     # real data: what is held out, labels, weights and vocabulary, measures
     ("real", "return [post for post in posts if not names & names_of(post)]", "return posts", "no_post_that_is_tested_on_is_trained_on"),
+    ("real", "else held:], tests)", "else held:], tests[:s.test])", "no_post_that_is_tested_on_is_trained_on"),
     ("real", "{text} if made_up else {text, post[\"id\"]}", "{post[\"id\"]}", "no_post_that_is_tested_on_is_trained_on"),
     ("real", "names = set().union(*map(names_of, tested))", "names = set()", "comparisons_are_split_by_post_and_tested_posts_are_held_out"),
     ("real", "((best, other), (other, best))[choice]", "((best, other), (other, best))[1 - choice]", "four_way_labels_become_one_choice_of_the_best"),
