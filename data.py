@@ -10,6 +10,7 @@ truncation, comparison files); Ziegler 2019 and openai/lm-human-preferences (4-w
 """
 import csv
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -418,8 +419,16 @@ def load_sst2(path):
 
 
 def post_key(info):
-    """What makes two comparisons share a post: its id, or its text where there is no id."""
-    return str(info.get("id") or info["title"] + "\n" + info["post"])
+    """What makes two comparisons share a post: its id, or its text where there is no id or but a row's number, which says nothing."""
+    id = str(info.get("id") or "")
+    return id if id and not id.isdecimal() else info["title"] + "\n" + info["post"]
+
+
+def names_of(post):
+    """What tells that two rows are about the same post: the text, blanks apart, and an id, unless we made it up or it is a row's number."""
+    text = ("text", hashlib.sha256(" ".join(post["post"].split()).encode()).hexdigest())
+    id = post.get("id") or ""
+    return {text} if not id or id.isdecimal() or id.startswith(("line-", "label-")) else {text, ("id", id)}
 
 
 def save_json_lines(path, rows):

@@ -8,16 +8,16 @@ References: Stiennon 2020 appendices A to C (TL;DR, CNN/DM); Ziegler 2019 §3 (c
 
 run.py's first stage calls split_posts() or split_excerpts(), its fourth read_comparisons(); all other stages see what the embedded
 world would have left.
-A post that is tested on is never trained on: two rows are about the same post where their ids or their texts are equal.
+A post that is tested on is never trained on: two rows are about the same post where their texts are equal, or their ids, unless
+those are row numbers.
 """
-import hashlib
 import itertools
 import json
 import os
 import random
 
 from corpus import book_text, excerpts, filter_tldr, held_out_text, stored_text, text_files
-from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, post_key, query_text, train_bpe
+from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, train_bpe
 from download import GPT2_FILES, fetch
 from model import read_config
 
@@ -100,17 +100,13 @@ def check_init(init, enc, Q, R):
 # ---------------------------------------------------------------------------------------------------------------------
 # posts
 
-def names_of(post):
-    """What tells that two rows are about the same post: an id, unless we made it up, and the text, blanks apart."""
-    text = hashlib.sha256(" ".join(post["post"].split()).encode()).hexdigest()
-    made_up = not post.get("id") or post["id"].startswith(("line-", "label-"))
-    return {text} if made_up else {text, post["id"]}
-
-
-def without(posts, others):
-    """The posts that none of the others is about."""
+def without(posts, others, what=""):
+    """The posts that none of the others is about; where `what` says what these are, how many are left out is told."""
     names = set().union(*map(names_of, others))
-    return [post for post in posts if not names & names_of(post)]
+    left = [post for post in posts if not names & names_of(post)]
+    if what and len(left) < len(posts):
+        print(f"{len(posts) - len(left)} posts are not trained on: {what}")
+    return left
 
 
 def read_posts(run):
@@ -130,8 +126,8 @@ def split_posts(run):
     s, files, posts = run.settings.data, run.files, read_posts(run)
     held = max(1, min(s.test, len(posts) // 8))
     tests = load_posts(files["test_posts"], s.task)[0] if files["test_posts"] else posts[:held]
-    posts = without(posts[0 if files["test_posts"] else held:], tests)  # nor those of --test-posts that data.test is too small for
-    parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held])}
+    posts = without(posts[0 if files["test_posts"] else held:], tests, "they are tested on")  # even those that data.test is too small for
+    parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held], "they are held out")}
     enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
     for name in parts if s.filter else ():
         parts[name], dropped = filter_tldr(parts[name], enc)
@@ -141,7 +137,7 @@ def split_posts(run):
     if files["prompts"]:
         prompts = load_posts(files["prompts"], s.task, need_summary=False)[0]
         prompts = filter_tldr(prompts, enc, need_summary=False)[0] if s.filter else prompts
-        splits["prompts"] = without(prompts, splits["test"] + splits["valid"])
+        splits["prompts"] = without(prompts, tests + splits["valid"], "prompts that are tested on or held out")
     for name, part in splits.items():
         if not part:
             raise DataError(f"no post is left for {name} once those that are tested on are taken out; more posts are needed")

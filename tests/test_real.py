@@ -63,7 +63,7 @@ def book(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # splits
 
-def test_no_post_that_is_tested_on_is_trained_on(tmp_path):
+def test_no_post_that_is_tested_on_is_trained_on(tmp_path, capsys):
     """Catches a test post that comes back under its id, under its text with other blanks, as a prompt, or in another split."""
     posts, tests = [post(i) for i in range(40)], [post(100 + i) for i in range(6)]
     again = [{**tests[0], "post": "another text"}, {**tests[1], "id": "other", "post": tests[1]["post"].replace(" ", " \n")}]
@@ -81,8 +81,11 @@ def test_no_post_that_is_tested_on_is_trained_on(tmp_path):
     r.settings.data.test = 12
     splits = real.split_posts(r)[1]
     assert len(splits["test"]) == 5 and not {p["id"] for p in splits["test"]} & {p["id"] for p in splits["valid"] + splits["pretrain"]}
-    made_up = [{"id": "line-1", "post": "x"}, {"id": "line-1", "post": "y"}]  # ids that we gave are no proof
-    assert real.without(made_up[:1], made_up[1:]) == made_up[:1] and real.without(made_up, made_up) == []
+    for id in ("line-1", "17"):  # ids that we gave, or that are rows' numbers, are no proof
+        numbers = [{"id": id, "title": "t", "post": "x"}, {"id": id, "title": "t", "post": "y"}]
+        assert real.without(numbers[:1], numbers[1:]) == numbers[:1] and real.without(numbers, numbers) == []
+    assert data.post_key(numbers[0]) != data.post_key(numbers[1])
+    assert "4 posts are not trained on: they are tested on" in capsys.readouterr().out
 
 
 def test_comparisons_are_split_by_post_and_tested_posts_are_held_out():
