@@ -431,6 +431,24 @@ def names_of(post):
     return {text} if not id or id.isdecimal() or id.startswith(("line-", "label-")) else {text, ("id", id)}
 
 
+def same_posts(posts):
+    """-> for each row the name of its post, the same for all rows that are about it, be it by way of others: a has the id of b, b the text
+    of c."""
+    parent = {}
+
+    def root(name):
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+    firsts = []
+    for names in map(names_of, posts):
+        least, *others = sorted(map(root, names))
+        firsts.append(least)
+        for name in others:
+            parent[name] = least
+    return [root(name) for name in firsts]
+
+
 def save_json_lines(path, rows):
     write_atomic(path, (json.dumps(row) + "\n" for row in rows))
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import sentiment
 import world
 from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
-                  load_posts, pad_rows, post_key, save_json_lines, write_atomic)
+                  load_posts, pad_rows, post_key, same_posts, save_json_lines, write_atomic)
 from ppo import compare_policies
 from reward import group_by_post, sample_responses, score_all, score_groups
 from sft import Parser, evaluate_lm, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
@@ -803,11 +803,10 @@ def judge_axes(folder, file):
 
 
 def unseen_comparisons(comparisons, seen):
-    """Those of posts that no comparison in `seen` was trained on: neither the same id nor the same title and text."""
-    def keys(info):
-        return {post_key(info), info["title"] + "\n" + info["post"]}
-    trained = {key for c in seen if c.get("split") == "train" for key in keys(c["info"])}
-    return [c for c in comparisons if not keys(c["info"]) & trained]
+    """Those of posts that no comparison in `seen` was trained on: neither the same id nor the same text, be it by way of others."""
+    names = same_posts([c["info"] for c in comparisons] + [c["info"] for c in seen if c.get("split") == "train"])
+    trained = set(names[len(comparisons):])
+    return [c for c, name in zip(comparisons, names) if name not in trained]
 
 
 def judge_comparisons(folder, file, task, device):

@@ -17,7 +17,7 @@ import os
 import random
 
 from corpus import book_text, excerpts, filter_tldr, held_out_text, stored_text, text_files
-from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, train_bpe
+from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, same_posts, train_bpe
 from download import GPT2_FILES, fetch
 from model import read_config
 
@@ -204,14 +204,13 @@ def read_comparisons(run, enc):
 def split_comparisons_by_post(comparisons, tested, rng):
     """Give each comparison its split, in place. Several share a post: held out are the posts that the file holds out (OpenAI's splits
     valid1 and valid2), or a fifth of the posts where its splits do not have two sides with posts of their own; and every one of `tested`."""
-    names = set().union(*map(names_of, tested))
-    def key(info):  # an excerpt that was labelled twice is one post, whatever its labels are called
-        return info["post"] if (info.get("id") or "").startswith("label-") else post_key(info)
-    train, held_out = ({key(c["info"]) for c in comparisons if str(c.get("split")).startswith(side)} for side in ("train", "valid"))
-    keys = sorted({key(c["info"]) for c in comparisons})
-    if not train or not held_out or train & held_out or len(train) + len(held_out) < len(keys):
-        rng.shuffle(keys)
-        held_out = set(keys[:max(1, len(keys) // 5)])
-    for c in comparisons:
-        c["split"] = "valid" if key(c["info"]) in held_out or names & names_of(c["info"]) else "train"
+    names = same_posts([c["info"] for c in comparisons] + tested)
+    names, tested = names[:len(comparisons)], set(names[len(comparisons):])
+    train, held_out = ({name for c, name in zip(comparisons, names) if str(c.get("split")).startswith(side)} for side in ("train", "valid"))
+    posts = sorted(set(names))
+    if not train or not held_out or train & held_out or len(train) + len(held_out) < len(posts):
+        rng.shuffle(posts)
+        held_out = set(posts[:max(1, len(posts) // 5)])
+    for c, name in zip(comparisons, names):
+        c["split"] = "valid" if name in held_out or name in tested else "train"
         c["info"].pop("facts", None)

@@ -184,8 +184,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("evaluation", '["lead3"]["text"] = lead3', '["lead3"]["_"] = lead3', "every_policy_answers_in_the_format_of_the_task"),
     ("reward", 'R, info.get("task", "tldr"), stop)', "R, stop=stop)", "a_comparison_of_articles_has_their_format"),
     ("evaluation", '"ci": bootstrap_ci(*zip(*of))', '"ci": bootstrap_ci([x for x, _ in of])', "axis_means_by_hand"),
-    ("evaluation", 'if not keys(c["info"]) & trained', 'if post_key(c["info"]) not in trained', "comparisons_of_posts_that_were_trained_on_are_left_out"),
-    ("evaluation", 'if c.get("split") == "train" for key', "for key", "comparisons_of_posts_that_were_trained_on_are_left_out"),
+    ("evaluation", "names[len(comparisons):]", "names[len(comparisons) + 1:]", "comparisons_of_posts_that_were_trained_on_are_left_out"),
+    ("evaluation", 'in seen if c.get("split") == "train"]', 'in seen]', "comparisons_of_posts_that_were_trained_on_are_left_out"),
     ("evaluation", 'if r["confidence"] == b["confidence"]]', "]", "agreement_with_a_file_is_counted_one_by_one"),
     ("ppo", "(iteration + 1) % s.snapshots == 0", "iteration % s.snapshots == 0", "snapshots_are_the_policy_along_the_way"),
     # figures.py
@@ -225,7 +225,9 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("data", "else {text, (\"id\", id)}", "else {(\"id\", id)}", "real::no_post_that_is_tested_on_is_trained_on"),
     ("data", "if not id or id.isdecimal() or", "if not id or", "real::no_post_that_is_tested_on_is_trained_on"),
     ("data", "return id if id and not id.isdecimal() else", "return id if id else", "real::no_post_that_is_tested_on_is_trained_on"),
-    ("real", "names = set().union(*map(names_of, tested))", "names = set()", "comparisons_are_split_by_post_and_tested_posts_are_held_out"),
+    ("real", "for c in comparisons] + tested)", "for c in comparisons] + tested[:0])", "comparisons_are_split_by_post_and_tested_posts_are_held_out"),
+    ("data", "            parent[name] = least\n", "            pass\n", "real::comparisons_are_split_by_post_and_tested_posts_are_held_out"),
+    ("data", "    return [root(name) for name in firsts]", "    return firsts", "real::comparisons_are_split_by_post_and_tested_posts_are_held_out"),
     ("real", "((best, other), (other, best))[choice]", "((best, other), (other, best))[1 - choice]", "four_way_labels_become_one_choice_of_the_best"),
     ("real", "if Q + R > c.n_positions", "if Q > c.n_positions", "weights_and_vocabulary_must_agree"),
     ("real", " or c.eos != enc.n_vocab - 1", "", "weights_and_vocabulary_must_agree"),
@@ -259,8 +261,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("probes", "crossed_ci(values, posts, seeds)", "crossed_ci(values, range(len(posts)), seeds)", "rate_is_over_posts_and_seeds"),
     # people's splits; what is refused before any work
     ("real", "if not train or not held_out or train & held_out or", "if not train or not held_out or", "a_files_own_split_counts"),
-    ("real", " or len(train) + len(held_out) < len(keys):", ":", "a_files_own_split_counts"),
-    ("real", 'in held_out or names & names_of(c["info"]) else', "in held_out else", "a_files_own_split_counts"),
+    ("real", " or len(train) + len(held_out) < len(posts):", ":", "a_files_own_split_counts"),
+    ("real", 'name in held_out or name in tested else', "name in held_out else", "a_files_own_split_counts"),
     ("ppo", 'largest = max(largest, stats["max_log_ratio"])', 'largest += stats["max_log_ratio"]', "the_largest_log_ratio_is_that_of_all_parts"),
     # the mock labeler
     ("sentiment", "-(labels * F.logsigmoid(scores)", "(labels * F.logsigmoid(scores)", "log_odds_loss_by_hand"),

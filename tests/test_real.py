@@ -97,6 +97,12 @@ def test_comparisons_are_split_by_post_and_tested_posts_are_held_out():
     assert all(splits[i] == {"valid"} for i in (3, 4, 5)) and all(len(s) == 1 for i, s in splits.items())
     assert 4 <= sum(s == {"valid"} for s in splits.values()) <= 8
     assert rows[0]["summaries"][0]["note"] == "n" and rows[0]["worker"] == "w"
+    for row in rows[::2]:  # the same posts without ids; and by way of them, the posts of the others under new ids
+        row["info"]["id"] = None
+    rows += [comparison({**posts[i], "id": f"new-{i}", "post": f"another text {i}"}) for i in range(20)]
+    rows += [comparison({**posts[i], "id": f"new-{i}"}) for i in range(20)]
+    real.split_comparisons_by_post(rows, posts[:1], random.Random(1))
+    assert all(len({row["split"] for row in rows[i::20]}) == 1 for i in range(20)) and rows[60]["split"] == "valid"
 
 
 @pytest.mark.parametrize("own, kept", [
