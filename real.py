@@ -109,23 +109,23 @@ def without(posts, others, what=""):
     return left
 
 
-def read_posts(run):
-    """Every post of --posts, in an order drawn from the seed."""
-    posts, skipped = load_posts(run.files["posts"], run.settings.data.task)
-    print(f"{run.files['posts']}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
-    if len(posts) < 8:
-        raise DataError(f"{run.files['posts']} has {len(posts)} usable posts; at least 8 are needed")
+def read_posts(run, option, need_summary=True):
+    """Every post of --posts, --test-posts or --prompts."""
+    posts, skipped = load_posts(run.files[option], run.settings.data.task, need_summary)
+    print(f"{run.files[option]}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
     for post in posts:
         post.pop("facts", None)  # the gold judge speaks of its own world only
-    random.Random(run.seed).shuffle(posts)
     return posts
 
 
 def split_posts(run):
     """-> encoding, {split: posts}. Posts that are tested on are in no other split, and the vocabulary is not trained on them."""
-    s, files, posts = run.settings.data, run.files, read_posts(run)
+    s, files, posts = run.settings.data, run.files, read_posts(run, "posts")
+    if len(posts) < 8:
+        raise DataError(f"{files['posts']} has {len(posts)} usable posts; at least 8 are needed")
+    random.Random(run.seed).shuffle(posts)
     held = max(1, min(s.test, len(posts) // 8))
-    tests = load_posts(files["test_posts"], s.task)[0] if files["test_posts"] else posts[:held]
+    tests = read_posts(run, "test_posts") if files["test_posts"] else posts[:held]
     posts = without(posts[0 if files["test_posts"] else held:], tests, "they are tested on")  # even those that data.test is too small for
     parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held], "they are held out")}
     enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
@@ -135,7 +135,7 @@ def split_posts(run):
         print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {why}")
     splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
     if files["prompts"]:
-        prompts = load_posts(files["prompts"], s.task, need_summary=False)[0]
+        prompts = read_posts(run, "prompts", need_summary=False)
         prompts = filter_tldr(prompts, enc, need_summary=False)[0] if s.filter else prompts
         splits["prompts"] = without(prompts, tests + splits["valid"], "prompts that are tested on or held out")
     for name, part in splits.items():

@@ -65,18 +65,19 @@ def book(tmp_path):
 
 def test_no_post_that_is_tested_on_is_trained_on(tmp_path, capsys):
     """Catches a test post that comes back under its id, under its text with other blanks, as a prompt, or in another split."""
-    posts, tests = [post(i) for i in range(40)], [post(100 + i) for i in range(6)]
+    posts, tests = [post(i) for i in range(40)], [post(100 + i, facts={"who": "x"}) for i in range(6)]
     again = [{**tests[0], "post": "another text"}, {**tests[1], "id": "other", "post": tests[1]["post"].replace(" ", " \n")}]
     r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts + again + tests[4:]), test_posts=write(tmp_path / "t.jsonl", tests),
-              prompts=write(tmp_path / "q.jsonl", [{**p, "summary": ""} for p in posts + tests]))
+              prompts=write(tmp_path / "q.jsonl", [{**p, "summary": "", "facts": {}} for p in posts + tests]))
     enc, splits = real.split_posts(r)
-    assert set(splits) == {"test", "valid", "pretrain", "sft", "prompts"} and splits["test"] == tests
+    assert set(splits) == {"test", "valid", "pretrain", "sft", "prompts"} and [p["id"] for p in splits["test"]] == [p["id"] for p in tests]
+    assert not any("facts" in p for part in splits.values() for p in part)  # a field of that name would call the gold judge
     assert len(splits["valid"]) == 5 and len(splits["pretrain"]) == 35 and len(splits["prompts"]) == 35
     held = {p["id"] for p in splits["test"] + splits["valid"]} | {"other"}
     assert not held & {p["id"] for name in ("pretrain", "sft", "prompts") for p in splits[name]}
     r.settings.data.test = 2  # the other four are not trained on either
     few = real.split_posts(r)[1]
-    assert few["test"] == tests[:2] and not {p["id"] for p in tests} & {p["id"] for name in ("valid", "pretrain", "sft") for p in few[name]}
+    assert len(few["test"]) == 2 and not {p["id"] for p in tests} & {p["id"] for name in ("valid", "pretrain", "sft") for p in few[name]}
     r.files["test_posts"] = None
     r.settings.data.test = 12
     splits = real.split_posts(r)[1]
