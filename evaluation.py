@@ -802,9 +802,10 @@ def judge_axes(folder, file):
     show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
 
 
-def unseen_comparisons(comparisons, seen):
-    """Those of posts that no comparison in `seen` was trained on: neither the same id nor the same text, be it by way of others."""
-    names = same_posts([c["info"] for c in comparisons] + [c["info"] for c in seen if c.get("split") == "train"])
+def unseen_comparisons(comparisons, seen, posts):
+    """Those of posts that were not trained on, neither as `posts` nor by a comparison in `seen`: neither the same id nor the same text, be
+    it by way of others."""
+    names = same_posts([c["info"] for c in comparisons] + [c["info"] for c in seen if c.get("split") == "train"] + posts)
     trained = set(names[len(comparisons):])
     return [c for c, name in zip(comparisons, names) if name not in trained]
 
@@ -812,7 +813,8 @@ def unseen_comparisons(comparisons, seen):
 def judge_comparisons(folder, file, task, device):
     """How far the run's reward model agrees with a file of human comparisons: table by confidence, report/FILE-agreement.csv."""
     run, (every, _) = open_run(folder), load_comparisons(file, task)
-    comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0])
+    comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0],
+                                     run.posts["pretrain"] + run.posts["sft"])
     if not comparisons:
         raise DataError(f"{file}: the run {folder} has trained its reward model on every post of these comparisons; take others")
     for c in comparisons:
@@ -824,7 +826,7 @@ def judge_comparisons(folder, file, task, device):
     rows = [[label, str(m["n"]), with_interval((m["accuracy"], m["accuracy_ci"])), with_interval((m["longer_wins"], m["longer_wins_ci"]))]
             for label, m in ((label, measure_reward(part)) for label, part in parts.items())]
     print(f"{file}: {len(comparisons)} comparisons of {len({r['post'] for r in margins})} posts, {len(every) - len(comparisons)} more "
-          "left out because the reward model was trained on their posts; 95 % intervals over posts")
+          "left out because the reward or language model was trained on their posts; 95 % intervals over posts")
     show_table(folder, f"{stem(file)}-agreement", ["confidence", "n", "reward model agrees", "longer wins"], rows)
 
 

@@ -277,11 +277,22 @@ def stage_data(run):
           f"queries up to Q = {Q}, responses up to R = {R} tokens")
 
 
-def check_comparisons(run, enc, splits):
-    """What the reward stage would refuse of people's comparisons, hours later. -> their groups"""
+def read_comparisons(run, enc, posts):
+    """People's comparisons, split: for every seed alike, as seeds may share the data and the SFT model."""
     comparisons = real.read_comparisons(run, enc)
-    real.split_comparisons_by_post(comparisons, splits["test"] + splits["valid"], random.Random(f"collect-{run.seed}"))
+    real.split_comparisons_by_post(comparisons, posts["test"] + posts["valid"], random.Random("collect"))
+    return comparisons
+
+
+def check_comparisons(run, enc, splits):
+    """What the reward stage would refuse of people's comparisons, hours later. Posts of held-out ones leave what is trained on: the reward
+    model has never seen them. -> groups of comparisons"""
+    comparisons = read_comparisons(run, enc, splits)
     check_sides([c["split"] for c in comparisons], run.files["comparisons"] or run.files["labels"])
+    for name in ("pretrain", "sft"):
+        splits[name] = real.without(splits[name], [c["info"] for c in comparisons if c["split"] == "valid"],
+                                    f"held-out comparisons are about them ({name})")
+        check(splits[name], f"no post is left for {name} once those of held-out comparisons are taken out; more posts are needed")
     groups = group_texts(comparisons)
     check_labels(groups, run.settings.reward.loss)
     for group in groups:
@@ -406,8 +417,7 @@ def stage_collect(run):
             print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge "
                   f"{agreement['with_judge']:.1%}, with each other {agreement['between_labelers']:.1%}")
     else:
-        comparisons = real.read_comparisons(run, run.enc)
-        real.split_comparisons_by_post(comparisons, run.posts["test"] + run.posts["valid"], rng)
+        comparisons = read_comparisons(run, run.enc, run.posts)
     os.makedirs(os.path.dirname(of_round(run, "comparisons.jsonl")), exist_ok=True)
     save_json_lines(of_round(run, "comparisons.jsonl"), comparisons)
     print(f"{len(comparisons)} comparisons in {of_round(run, 'comparisons.jsonl')}")

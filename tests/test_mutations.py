@@ -185,6 +185,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("reward", 'R, info.get("task", "tldr"), stop)', "R, stop=stop)", "a_comparison_of_articles_has_their_format"),
     ("evaluation", '"ci": bootstrap_ci(*zip(*of))', '"ci": bootstrap_ci([x for x, _ in of])', "axis_means_by_hand"),
     ("evaluation", "names[len(comparisons):]", "names[len(comparisons) + 1:]", "comparisons_of_posts_that_were_trained_on_are_left_out"),
+    ("evaluation", ' == "train"] + posts)', ' == "train"])', "comparisons_of_posts_that_were_trained_on_are_left_out"),
     ("evaluation", 'in seen if c.get("split") == "train"]', 'in seen]', "comparisons_of_posts_that_were_trained_on_are_left_out"),
     ("evaluation", 'if r["confidence"] == b["confidence"]]', "]", "agreement_with_a_file_is_counted_one_by_one"),
     ("ppo", "(iteration + 1) % s.snapshots == 0", "iteration % s.snapshots == 0", "snapshots_are_the_policy_along_the_way"),
@@ -264,6 +265,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("real", "if not train or not held_out or train & held_out or", "if not train or not held_out or", "a_files_own_split_counts"),
     ("real", " or len(train) + len(held_out) < len(posts):", ":", "a_files_own_split_counts"),
     ("real", 'name in held_out or name in tested else', "name in held_out else", "a_files_own_split_counts"),
+    ("run", "splits[name] = real.without(splits[name], ", "real.without(splits[name], ", "real::posts_of_held_out_comparisons_are_not_trained_on"),
     ("ppo", 'largest = max(largest, stats["max_log_ratio"])', 'largest += stats["max_log_ratio"]', "the_largest_log_ratio_is_that_of_all_parts"),
     # the mock labeler
     ("sentiment", "-(labels * F.logsigmoid(scores)", "(labels * F.logsigmoid(scores)", "log_odds_loss_by_hand"),

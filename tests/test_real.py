@@ -123,6 +123,23 @@ def test_a_files_own_split_counts(own, kept):
     assert rows[0]["split"] == "valid"
 
 
+def test_posts_of_held_out_comparisons_are_not_trained_on(tmp_path, monkeypatch):
+    """Catches 'labels on posts it has not seen' of posts that SFT has learned by heart; with another seed on the same data too."""
+    posts = [post(i) for i in range(60)]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts), comparisons=write(tmp_path / "c.jsonl", [
+        comparison(posts[i] if i % 2 else {**posts[i], "id": "other"}, i) for i in range(50)]))
+    r.config = {"settings": {"data": {}}}
+    monkeypatch.setattr(run, "check_fit", lambda *args: None)
+    run.stage_data(r)
+    r.posts, r.enc, r.round, r.seed = sft.Posts(r.folder + "/data"), data.load_encoding(r.folder + "/tokenizer.json"), 1, 2
+    run.stage_collect(r)
+    rows = data.load_comparisons(r.folder + "/comparisons.jsonl")[0]
+    held_out, train = ([c["info"] for c in rows if c["split"] == split] for split in ("valid", "train"))
+    for name in ("pretrain", "sft"):
+        assert real.without(r.posts[name], held_out) == r.posts[name] != real.without(r.posts[name], train)
+    assert len(held_out) >= 10
+
+
 @pytest.mark.parametrize("changes, says", [
     ({"title": "long " * 200}, "its title alone"), ({"id": "t3_0"}, "leaves 0 comparisons to train on|held out, on posts of their own")])
 def test_comparisons_that_the_reward_stage_would_refuse_are_refused_at_once(tmp_path, changes, says):
