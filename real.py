@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 
 from corpus import book_text, excerpts, filter_tldr, held_out_text, stored_text, text_files
 from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, same_posts, train_bpe
@@ -198,7 +199,18 @@ def read_comparisons(run, enc):
     labels, skipped = load_labels(files["labels"])  # in GPT-2's ids, whatever the run's own vocabulary is
     print(f"{files['labels']}: {len(labels)} labels, {skipped} more skipped because a text is empty")
     gpt2 = enc if enc.n_vocab == 50257 else gpt2_encoding()
-    return labels_as_comparisons(labels, gpt2, task, random.Random(run.seed))
+    rows = labels_as_comparisons(labels, gpt2, task, random.Random(run.seed))
+    for row in rows:
+        row["info"]["post"] = last_words(enc, row["info"]["post"], run.settings.model.max_query)
+    return rows
+
+
+def last_words(enc, text, Q):
+    """The end of a text, at most Q tokens from a word on: what a continuation continues. (An own vocabulary needs more tokens than
+    GPT-2's, and encode_query keeps the beginning.)"""
+    while len(enc.encode_ordinary(text)) > Q:
+        text = re.sub(r"(?s)\A\s*\S+\s+(?=\S)|\A.", "", text)  # without its first word; of the last word, without a letter
+    return text
 
 
 def split_comparisons_by_post(comparisons, tested, rng):

@@ -270,6 +270,8 @@ def stage_data(run):
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
     rows = {name: split_rows(run.folder, name, enc, s.model.max_query, R) for name in splits}
     Q = int(max((part.stops - part.starts)[::2].max() for part in rows.values()))  # as long as the longest query, at most max_query
+    if run.files["labels"] and groups:  # and as an excerpt that was labelled: its end would be cut
+        Q = max(Q, *(len(encode_query(enc, group["query"], s.model.max_query)) for group in groups))
     check_fit(run, enc, Q, R, rows, groups, sum(len(ids) for ids, _ in sentences))
     save_encoding(enc, path(run, "tokenizer.json"))
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))

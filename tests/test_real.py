@@ -199,6 +199,26 @@ def test_four_way_labels_become_one_choice_of_the_best(enc):
         assert data.decode_response(enc, g["responses"][best]) == texts[label["best"]] and enc.decode(g["query"]) == "the cat."
 
 
+def test_a_labelled_excerpt_keeps_its_end(tmp_path, book, monkeypatch):
+    """Catches samples that continue nothing: in an own vocabulary a label's query is longer than Q, and what stood before them was cut."""
+    gpt2 = data.train_bpe(["".join(corpus.book_text(f"{book}/a.txt"))] + ["zebra quagga okapi"] * 9, 700)
+    texts = [f"{words(30)}. zebra {i} quagga okapi zebra quagga okapi zebra quagga okapi." for i in range(20)]
+    (tmp_path / "l.json").write_text(json.dumps([{"query": gpt2.encode_ordinary(text), "best": 0, **{
+        f"sample{k}": gpt2.encode_ordinary(f" it ran {k}.") for k in range(4)}} for text in texts]))
+    monkeypatch.setattr(real, "gpt2_encoding", lambda folder=None: gpt2)
+    r, kept = a_run(tmp_path, "sentiment", "gpt2-sentiment", text=[book], labels=str(tmp_path / "l.json")), {}
+    s = r.settings
+    r.config, s.model.init, s.data.pretrain, s.data.sft, s.data.test, s.model.max_query = {"settings": {"data": {}}}, "", 20, 20, 2, 70
+    monkeypatch.setattr(run, "check_fit", lambda r, enc, Q, *rest: kept.update(enc=enc, Q=Q))
+    run.stage_data(r)
+    groups = reward.group_by_post(kept["enc"], real.read_comparisons(r, kept["enc"]), kept["Q"], 24)
+    assert len(groups) == 20 and kept["Q"] > 64  # longer than any excerpt of the text
+    for text, g in zip(texts, groups):
+        found = kept["enc"].decode(g["query"])
+        assert text.endswith(" " + found) and len(text) > len(found) and len(kept["enc"].encode_ordinary(text[-len(found) - 12:])) > 70
+    assert real.last_words(kept["enc"], "zebra" * 50, 9) == ("zebra" * 50)[-len(real.last_words(kept["enc"], "zebra" * 50, 9)):] != ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vocabulary and weights from elsewhere
 
