@@ -152,14 +152,35 @@ def excerpts(rows, enc, n, seed, task="sentiment", least=32):
     return posts
 
 
-def held_out_text(rows):
-    """-> indices of the rows to train on, and of those to test on: a twentieth of the text. Stretches are counted in tokens, so that rows
-    of every length agree on what is held out; a row across an edge is in neither."""
-    stretch = min(4096, max(1024, int(rows.stops[-1]) // 20))
-    first, last = rows.starts // stretch, (rows.stops - 1) // stretch  # of the stretches 0, 1, 2, ..., every 20th from 1 on is held out
+def stretch_of(total):
+    """Bytes of a stretch of text; of the stretches 0, 1, 2, ..., every 20th from 1 on is held out: a twentieth of the text."""
+    return min(2**14, max(2**12, total // 20))
+
+
+def held_out_text(rows, enc, n=2**16):
+    """-> indices of the rows to train on, and of those to test on. Stretches are counted in bytes, so that rows of every length, and what a
+    vocabulary is trained on, agree on what is held out; a row across an edge is in neither."""
+    sizes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab - 1)] + [0], np.uint16)  # EOS is no text
+    lengths = [np.add.reduceat(sizes[rows.tokens[first:rows.stops[i:i + n][-1]]], rows.starts[i:i + n] - first, dtype=np.int64)
+               for i in range(0, len(rows), n) for first in (rows.starts[i],)]  # n rows at a time: a large set is read, not held
+    stops = np.concatenate(lengths).cumsum()
+    starts, stretch = np.append(0, stops[:-1]), stretch_of(int(stops[-1]))
+    first, last = starts // stretch, np.maximum(starts, stops - 1) // stretch
     untouched = (last + 19) // 20 == (first + 18) // 20  # as many held-out stretches up to the row's end as before its beginning
     index = np.arange(len(rows))
     return index[untouched], index[(first == last) & (first % 20 == 1)]
+
+
+def text_to_learn(paths, pieces=30):
+    """The first 2 MB or so of every text, to train a vocabulary on, without what held_out_text holds out."""
+    kept, at = [], 0
+    for file in (file for path in paths for file in text_files(path)):
+        for i, piece in enumerate(book_text(file)):
+            kept += [(at, piece.encode())] * (i < pieces)
+            at += len(piece.encode())
+    stretch = stretch_of(at)
+    return [b"".join(raw[max(0, k * stretch - at):max(0, (k + 1) * stretch - at)]
+                     for k in range(at // stretch, (at + len(raw)) // stretch + 1) if k % 20 != 1).decode(errors="ignore") for at, raw in kept]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

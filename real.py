@@ -11,13 +11,12 @@ world would have left.
 A post that is tested on is never trained on: two rows are about the same post where their texts are equal, or their ids, unless
 those are row numbers.
 """
-import itertools
 import json
 import os
 import random
 import re
 
-from corpus import book_text, excerpts, filter_tldr, held_out_text, stored_text, text_files
+from corpus import excerpts, filter_tldr, held_out_text, stored_text, text_to_learn
 from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, same_posts, train_bpe
 from download import GPT2_FILES, fetch
 from model import read_config
@@ -59,15 +58,15 @@ def check_files(files, task):
 # ---------------------------------------------------------------------------------------------------------------------
 # vocabulary and weights that were made elsewhere
 
-def vocabulary(model, texts):
-    """GPT-2's encoding where settings of the model ask for it or for its weights; else one trained on texts."""
+def vocabulary(model, texts, books=()):
+    """GPT-2's encoding where settings of the model ask for it or for its weights; else one trained on texts and on books."""
     if model.vocab or model.init:
         own = [name for name in (model.vocab, model.init) if os.path.isdir(name) and any(
             os.path.exists(os.path.join(name, file)) for file in ("vocab.json", "encoder.json"))]
         if model.vocab not in ("", "gpt2") and model.vocab not in own:
             raise DataError(f"{model.vocab} holds no vocabulary: encoder.json and vocab.bpe, or vocab.json and merges.txt")
         return gpt2_encoding(own[0] if own and model.vocab != "gpt2" else None)
-    return train_bpe(texts, model.vocab_size)
+    return train_bpe(texts + text_to_learn(books), model.vocab_size)
 
 
 def init_config(init):
@@ -129,7 +128,7 @@ def split_posts(run):
     tests = read_posts(run, "test_posts") if files["test_posts"] else posts[:held]
     posts = without(posts[0 if files["test_posts"] else held:], tests, "they are tested on")  # even those that data.test is too small for
     parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held], "they are held out")}
-    enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
+    enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]], files["text"] or ())
     for name in parts if s.filter else ():
         parts[name], dropped = filter_tldr(parts[name], enc)
         why = ", ".join(f"{n} {rule}" for rule, n in dropped.items() if n)
@@ -149,18 +148,13 @@ def text_of(post):
     return query_text(post) + " " + post["summary"]
 
 
-def sample_texts(files, pieces=30):
-    """The first 2 MB or so of every text, to train a vocabulary on."""
-    return [piece for path in files["text"] or () for file in text_files(path) for piece in itertools.islice(book_text(file), pieces)]
-
-
 def split_excerpts(run):
     """-> encoding, {split: posts}: excerpts of the texts to continue, what follows in the book as the reference. Held-out text is tested
     on."""
     s, files, task = run.settings.data, run.files, TASKS[run.settings.data.task]
-    enc = vocabulary(run.settings.model, sample_texts(files))
+    enc = vocabulary(run.settings.model, [], files["text"])
     rows, splits = stored_text(os.path.join(run.folder, "tokens"), files["text"], enc, 2 * task.Q), {}
-    c, (trained, tested) = run.settings.collect, held_out_text(rows)
+    c, (trained, tested) = run.settings.collect, held_out_text(rows, enc)
     parts = [(("test", "valid"), tested, 2 * s.test), (("pretrain",), trained, max(s.pretrain, s.sft))]
     parts += [(("collect",), trained, c.posts), (("held_out",), tested, c.held_out_posts)] if has_mock(files) else []
     for names, part, n in parts:

@@ -160,13 +160,15 @@ def test_training_reads_stored_rows_as_it_reads_lists(tmp_path, enc):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("total", [3000, 50000, 400000])
-def test_rows_of_every_length_agree_on_what_is_held_out(total):
+@pytest.mark.parametrize("total", [4000, 50000, 400000])
+def test_rows_of_every_length_agree_on_what_is_held_out(total, enc):
     """Catches a held-out stretch counted in rows: text that is tested on in rows of one length would be trained on in rows of another."""
+    tokens = np.random.default_rng(0).integers(enc.n_vocab - 1, size=total, dtype=np.uint16)
+
     def ranges(T):
         starts = np.arange(0, total, T)
         stops = np.minimum(starts + T, total)
-        train, test = corpus.held_out_text(corpus.TokenRows(None, starts, stops))
+        train, test = corpus.held_out_text(corpus.TokenRows(tokens, starts, stops), enc, n=100)
         marks = []
         for part in (train, test):
             mark = np.zeros(total, bool)
@@ -180,3 +182,16 @@ def test_rows_of_every_length_agree_on_what_is_held_out(total):
             assert not (ranges(T)[0] & ranges(other)[1]).any()
     if total > 10**5:
         assert .03 < ranges(128)[1].mean() < .07
+
+
+def test_a_vocabulary_does_not_read_what_is_held_out(tmp_path, enc):
+    """Catches bits per byte of text that the vocabulary was made of: every row is read that is trained on, and none that is tested on."""
+    rng = random.Random(0)
+    for name, n in (("a", 5000), ("b", 20000), ("c", 5000)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(rng.choice(["my", "cät", "ran", "漢字", "office", "\n"]) for _ in range(n)))
+    rows = corpus.stored_text(str(tmp_path / "cache"), [str(tmp_path)], enc, 100)
+    learned = "".join(corpus.text_to_learn([str(tmp_path)]))
+    def text(i):
+        return enc.decode([id for id in rows[i] if id < enc.n_vocab - 1]).strip("\ufffd")  # a row may end within a letter
+    train, test = corpus.held_out_text(rows, enc)
+    assert len(test) > 5 and all(text(i) in learned for i in train) and not any(text(i) in learned for i in test)

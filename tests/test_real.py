@@ -267,10 +267,11 @@ def test_stored_rows_of_a_run(tmp_path, enc, book):
     assert enc.decode(queries[2]).startswith("Article:") and enc.decode(responses[2])[0] != " "
     assert [list(part) for part in sft.stored_posts(r, "sft")] == [queries, responses]
     rows = [row for name in "ab" for row in corpus.text_rows(f"{book}/{name}.txt", enc, 102)]
-    ends = np.cumsum([len(row) for row in rows])
-    stretch = int(ends[-1]) // 20
-    assert 1024 < stretch < 4096  # the second of 20 such stretches is held out
-    stretches = [(int(end - len(row)) // stretch, int(end - 1) // stretch) for row, end in zip(rows, ends)]
+    sizes = [len(enc.decode_bytes([i for i in row if i < enc.n_vocab - 1])) for row in rows]
+    ends = np.cumsum(sizes)
+    stretch = 4096
+    assert 17 * stretch < ends[-1] < 20 * stretch  # the second of them is held out
+    stretches = [(int(end - size) // stretch, int(end - 1) // stretch) for size, end in zip(sizes, ends)]
     kept = [row for row, (a, b) in zip(rows, stretches) if not {a % 20, b % 20} & {1} and len(row) > 1]
     a, b = sft.stored_posts(r, "pretrain")
     assert list(a) == queries + [row[:1] for row in kept] and list(b) == responses + [row[1:] for row in kept]
