@@ -17,7 +17,7 @@ import random
 import re
 
 from corpus import excerpts, filter_tldr, held_out_text, stored_text, text_to_learn
-from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, same_posts, train_bpe
+from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, read_rows, same_posts, train_bpe
 from download import GPT2_FILES, fetch
 from model import read_config
 
@@ -110,9 +110,17 @@ def without(posts, others, what=""):
 
 
 def read_posts(run, option, need_summary=True):
-    """Every post of --posts, --test-posts or --prompts."""
-    posts, skipped = load_posts(run.files[option], run.settings.data.task, need_summary)
-    print(f"{run.files[option]}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
+    """Every post of --posts, --test-posts or --prompts, filtered where that is asked for: raw rows then need not have all fields."""
+    file, m = run.files[option], run.settings.model
+    if run.settings.data.filter:
+        enc = vocabulary(m, []) if m.vocab or m.init else None
+        enc = enc if enc and enc.n_vocab == 50257 else None
+        posts, dropped = filter_tldr((row for _, row in read_rows(file)), enc, need_summary)
+        print(f"{file}: the paper's filter keeps {len(posts)} posts, counting {'GPT-2 tokens' if enc else '1.05 tokens a word or mark'}; "
+              f"dropped: {', '.join(f'{n} {rule}' for rule, n in dropped.items() if n)}")
+        return posts
+    posts, skipped = load_posts(file, run.settings.data.task, need_summary)
+    print(f"{file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
     for post in posts:
         post.pop("facts", None)  # the gold judge speaks of its own world only
     return posts
@@ -129,14 +137,9 @@ def split_posts(run):
     posts = without(posts[0 if files["test_posts"] else held:], tests, "they are tested on")  # even those that data.test is too small for
     parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held], "they are held out")}
     enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]], files["text"] or ())
-    for name in parts if s.filter else ():
-        parts[name], dropped = filter_tldr(parts[name], enc)
-        why = ", ".join(f"{n} {rule}" for rule, n in dropped.items() if n)
-        print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {why}")
     splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
     if files["prompts"]:
         prompts = read_posts(run, "prompts", need_summary=False)
-        prompts = filter_tldr(prompts, enc, need_summary=False)[0] if s.filter else prompts
         splits["prompts"] = without(prompts, tests + splits["valid"], "prompts that are tested on or held out")
     for name, part in splits.items():
         if not part:

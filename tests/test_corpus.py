@@ -41,6 +41,9 @@ def test_filter_drops_by_each_rule_once(enc):
     assert posts[5]["post"] == "as Webis has it" and posts[6]["summary"] == summary.strip() and set(posts[0]) == set(POST)
     posts, dropped = corpus.filter_tldr(kept + list(broken.values()), enc, need_summary=False)
     assert len(posts) == len(kept) + 4 and sum(dropped.values()) == 6
+    for n, rule in ((22, "summary under 24 tokens"), (23, None), (45, None), (46, "summary over 48 tokens")):  # 1.05 tokens a word
+        dropped = corpus.filter_tldr([row(summary=" ".join(["word"] * n))])[1]
+        assert [name for name, count in dropped.items() if count] == [rule] * bool(rule)
     assert len(corpus.SUBREDDITS) == len(set(corpus.SUBREDDITS)) == 29
 
 

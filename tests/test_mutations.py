@@ -234,6 +234,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("real", "if Q + R > c.n_positions", "if Q > c.n_positions", "weights_and_vocabulary_must_agree"),
     ("real", " or c.eos != enc.n_vocab - 1", "", "weights_and_vocabulary_must_agree"),
     ("corpus", "(first == last) & (first % 20 == 1)", "first % 20 == 1", "rows_of_every_length_agree_on_what_is_held_out"),
+    ("corpus", "else 1.05 * len(", "else len(", "filter_drops_by_each_rule_once"),
+    ("corpus", 'or row.get("selftext")}', '}', "real::the_filter_drops_what_the_paper_drops"),
     ("corpus", " if k % 20 != 1)", ")", "a_vocabulary_does_not_read_what_is_held_out"),
     ("corpus", "+ [0], np.uint16)", "+ [13], np.uint16)", "a_vocabulary_does_not_read_what_is_held_out"),
     ("corpus", "rows.starts[i:i + n] - first,", "rows.starts[i:i + n] - rows.starts[0],", "rows_of_every_length_agree_on_what_is_held_out"),

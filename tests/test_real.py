@@ -158,6 +158,15 @@ def test_the_filter_drops_what_the_paper_drops(tmp_path):
     assert {p["subreddit"] for p in real.split_posts(r)[1]["pretrain"]} == {"tifu", "elsewhere"}
     r.settings.data.filter = True
     assert {p["subreddit"] for p in real.split_posts(r)[1]["pretrain"]} == {"tifu"}
+    raw = [{"id": f"t1_{i}", "body": words(9), "content": f"comment {i}", "summary": words(30)} for i in range(200)]  # Webis' comments
+    raw += [{"title": None, "subreddit": "tifu", "selftext": f"no title {i}", "summary": words(30)} for i in range(200)]
+    raw += [{"id": i, "subreddit": "tifu", "title": "half a \ud83d", "selftext": f"story {i} {words(20)}", "summary": words(30)} for i in range(60)]
+    r.files["posts"], r.settings.data.test = write(tmp_path / "raw.jsonl", raw), 6  # what is dropped counts for no split
+    splits = real.split_posts(r)[1]
+    assert {name: len(part) for name, part in splits.items()} == {"test": 6, "valid": 6, "pretrain": 48, "sft": 40}
+    assert not any(p["title"] != "half a ?" for part in splits.values() for p in part)
+    r.settings.model.vocab_size = 258  # bytes: 30 words would be far more than 48 tokens of its own
+    assert len(real.split_posts(r)[1]["test"]) == 6
 
 
 @pytest.mark.parametrize("task, given, says", [
