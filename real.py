@@ -137,14 +137,27 @@ def split_posts(run):
     posts = without(posts[0 if files["test_posts"] else held:], tests, "they are tested on")  # even those that data.test is too small for
     parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held], "they are held out")}
     enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]], files["text"] or ())
+    parts = {name: with_fitting_titles(part, enc, run.settings.model.max_query) for name, part in parts.items()}
     splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
     if files["prompts"]:
         prompts = read_posts(run, "prompts", need_summary=False)
+        prompts = with_fitting_titles(prompts, enc, run.settings.model.max_query)
         splits["prompts"] = without(prompts, tests + splits["valid"], "prompts that are tested on or held out")
     for name, part in splits.items():
         if not part:
             raise DataError(f"no post is left for {name} once those that are tested on are taken out; more posts are needed")
     return enc, splits
+
+
+def with_fitting_titles(posts, enc, Q):
+    """The posts whose queries are at most Q tokens once the post itself is cut; how many are not is told."""
+    def fits(post):
+        text = query_text({**post, "post": ""})
+        return len(text.encode()) <= Q or len(enc.encode_ordinary(text)) <= Q  # a token has a byte or more
+    left = [post for post in posts if fits(post)]
+    if len(left) < len(posts):
+        print(f"{len(posts) - len(left)} posts are left out: their titles alone need more than the {Q} tokens of model.max_query")
+    return left
 
 
 def text_of(post):

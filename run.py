@@ -31,7 +31,7 @@ import real
 import sentiment
 import world
 from corpus import stored_text
-from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, save_encoding,
+from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, read_rows, save_encoding,
                   save_json_lines, save_vocabulary, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, pretraining_rows, prompts, train_ppo
@@ -262,16 +262,15 @@ def stage_data(run):
     stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
     c, mock = model_config(s.model, enc, s.model.max_query, R), real.has_mock(run.files)
     sentences = sentiment.split_sentences(run.files["labels"], enc, c.n_positions - 1, run.seed)[1] if mock else []
-    groups = check_comparisons(run, enc, splits) if run.real and not mock else None
+    groups, needed = check_comparisons(run, enc, splits) if run.real and not mock else (None, 0)
     ppo_prompts = prompts(SimpleNamespace(folder=run.folder, posts=splits, config=run.config))
     check(len(ppo_prompts) > 0, "data.pretrain must be larger: no post is left for PPO to write summaries of")
     os.makedirs(path(run, "data"), exist_ok=True)
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
     rows = {name: split_rows(run.folder, name, enc, s.model.max_query, R) for name in splits}
-    Q = int(max((part.stops - part.starts)[::2].max() for part in rows.values()))  # as long as the longest query, at most max_query
-    if run.files["labels"] and groups:  # and as an excerpt that was labelled: its end would be cut
-        Q = max(Q, *(len(encode_query(enc, group["query"], s.model.max_query)) for group in groups))
+    # as long as the longest query, at most max_query
+    Q = max(needed, *(int((part.stops - part.starts)[::2].max()) for part in rows.values()))
     check_fit(run, enc, Q, R, rows, groups, sum(len(ids) for ids, _ in sentences))
     save_encoding(enc, path(run, "tokenizer.json"))
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
@@ -288,7 +287,7 @@ def read_comparisons(run, enc, posts):
 
 def check_comparisons(run, enc, splits):
     """What the reward stage would refuse of people's comparisons, hours later. Posts of held-out ones leave what is trained on: the reward
-    model has never seen them. -> groups of comparisons"""
+    model has never seen them. -> groups of comparisons, how many tokens their queries must have at least"""
     comparisons = read_comparisons(run, enc, splits)
     check_sides([c["split"] for c in comparisons], run.files["comparisons"] or run.files["labels"])
     for name in ("pretrain", "sft"):
@@ -297,9 +296,19 @@ def check_comparisons(run, enc, splits):
         check(splits[name], f"no post is left for {name} once those of held-out comparisons are taken out; more posts are needed")
     groups = group_texts(comparisons)
     check_labels(groups, run.settings.reward.loss)
-    for group in groups:
-        encode_query(enc, {**group["query"], "post": ""}, run.settings.model.max_query)  # does its title fit?
-    return groups
+    needed = 0
+    for group in groups:  # does its title fit? And all of what is to be continued?
+        post = group["query"] if run.files["labels"] else {**group["query"], "post": ""}
+        try:
+            needed = max(needed, len(encode_query(enc, post, run.settings.model.max_query)))
+        except DataError as e:
+            raise DataError(f"{line_of(run.files['comparisons'], group['query'])}: {e}") from None
+    return groups, needed
+
+
+def line_of(file, info):
+    """file:line of the first comparison with this title."""
+    return next((at for at, row in read_rows(file) if isinstance(row.get("info"), dict) and row["info"].get("title") == info["title"]), file)
 
 
 def check_fit(run, enc, Q, R, rows, groups, mock):

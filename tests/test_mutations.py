@@ -272,7 +272,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("real", 'name in held_out or name in tested else', "name in held_out else", "a_files_own_split_counts"),
     ("run", "splits[name] = real.without(splits[name], ", "real.without(splits[name], ", "real::posts_of_held_out_comparisons_are_not_trained_on"),
     ("real", 'last_words(enc, row["info"]["post"], run.settings.model.max_query)', 'row["info"]["post"]', "a_labelled_excerpt_keeps_its_end"),
-    ("run", "Q = max(Q, *(", "max(Q, *(", "real::a_labelled_excerpt_keeps_its_end"),
+    ("run", "Q = max(needed, *(", "Q = max(0, *(", "real::a_labelled_excerpt_keeps_its_end"),
+    ("real", "    left = [post for post in posts if fits(post)]", "    left = posts", "posts_with_titles_too_long_are_left_out"),
     ("ppo", 'largest = max(largest, stats["max_log_ratio"])', 'largest += stats["max_log_ratio"]', "the_largest_log_ratio_is_that_of_all_parts"),
     # the mock labeler
     ("sentiment", "-(labels * F.logsigmoid(scores)", "(labels * F.logsigmoid(scores)", "log_odds_loss_by_hand"),

@@ -141,7 +141,7 @@ def test_posts_of_held_out_comparisons_are_not_trained_on(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"title": "long " * 200}, "its title alone"), ({"id": "t3_0"}, "leaves 0 comparisons to train on|held out, on posts of their own")])
+    ({"title": "long " * 200}, r"c.jsonl:4: post t3_103: its title alone"), ({"id": "t3_0"}, "leaves 0 comparisons to train on|held out, on posts of their own")])
 def test_comparisons_that_the_reward_stage_would_refuse_are_refused_at_once(tmp_path, changes, says):
     """Catches pretraining for hours in front of comparisons that cannot be used: a title too long, or all of them about one post."""
     rows = [comparison(post(100 + i, **(changes if i == 3 or "id" in changes else {}), **({"post": "one"} if "id" in changes else {})), i)
@@ -149,6 +149,17 @@ def test_comparisons_that_the_reward_stage_would_refuse_are_refused_at_once(tmp_
     r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", [post(i) for i in range(40)]), comparisons=write(tmp_path / "c.jsonl", rows))
     with pytest.raises(DataError, match=says):
         run.stage_data(r)
+
+
+def test_posts_with_titles_too_long_are_left_out(tmp_path, capsys):
+    """Catches one title that refuses a file of a hundred thousand posts, in a file that the run then removes."""
+    posts = [post(i, title="long " * (200 if i % 10 == 3 else 20)) for i in range(40)]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts), prompts=write(tmp_path / "q.jsonl", posts))
+    enc, splits = real.split_posts(r)
+    assert sum(len(splits[name]) for name in ("test", "valid", "pretrain")) == 36 and len(splits["prompts"]) == len(splits["pretrain"])
+    for part in splits.values():
+        assert not any(len(p["title"]) > 500 for p in part) and max(len(data.encode_query(enc, p, 128)) for p in part) <= 128
+    assert "titles alone need more than the 128 tokens" in capsys.readouterr().out
 
 
 def test_the_filter_drops_what_the_paper_drops(tmp_path):
