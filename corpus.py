@@ -96,7 +96,7 @@ def text_files(path):
     """The .txt and .txt.gz files of a folder, sorted, or the one file that path is."""
     if not os.path.isdir(path):
         return [path]
-    names = sorted(name for name in os.listdir(path) if name.endswith((".txt", ".txt.gz")))
+    names = sorted(name for name in os.listdir(path) if name.lower().endswith((".txt", ".txt.gz")))
     if not names:
         raise DataError(f"{path} holds no .txt file")
     return [os.path.join(path, name) for name in names]

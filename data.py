@@ -208,7 +208,7 @@ def read_lines(path):
 
 def read_rows(path):
     """Yield ("file:line", dict) for each row of a .csv file with a header, else for each line of JSON that is not blank."""
-    if str(path).removesuffix(".gz").endswith(".csv"):
+    if str(path).lower().removesuffix(".gz").endswith(".csv"):
         yield from _csv_rows(path)
         return
     for number, line in read_lines(path):
@@ -273,9 +273,11 @@ def _post(row, task, at):
         row["post"] = re.sub(r"\A.{0,95}\(CNN\)\s*(--\s*)?", "", _text(row, "article", at))
         del row["article"]
         task = "cnndm-transfer" if task == "tldr" else task  # a model that was trained on posts meets an article
-    task = _label(row, "task", at) or task
-    if task not in TASKS:
-        raise DataError(f"{at}: the task must be one of {', '.join(TASKS)}, found {task!r:.60}")
+    own = row.get("task")
+    if isinstance(own, str) and own in TASKS:
+        task = own
+    else:
+        row.pop("task", None)  # of another kind: a post's own field
     if task != "tldr":
         row["task"] = task
     for key in ("subreddit", "title", "post"):

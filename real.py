@@ -35,7 +35,7 @@ CONTINUATIONS = ("sentiment", "descriptiveness")
 
 def has_mock(files):
     """Whether a classifier of sentences labels in place of people. (sentiment.py)"""
-    return (files["labels"] or "").removesuffix(".gz").endswith(".tsv")
+    return (files["labels"] or "").lower().removesuffix(".gz").endswith(".tsv")
 
 
 def check_files(files, task):
@@ -44,7 +44,8 @@ def check_files(files, task):
     for name in sorted(given):
         for file in files[name] if name == "text" else [files[name]]:
             if not (os.path.exists if name == "text" else os.path.isfile)(file):
-                raise DataError(f"{file} does not exist")
+                raise DataError(f"{file} is a folder; --{name.replace('_', '-')} takes a file" if os.path.isdir(file) else
+                                f"{file} does not exist")
     if task in CONTINUATIONS:
         if given and given != {"text", "labels"}:
             raise DataError(f"task {task} takes --text and --labels, and no other files: excerpts of the text are its queries")

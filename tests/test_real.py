@@ -187,6 +187,10 @@ def test_files_that_do_not_go_together(tmp_path, task, given, says):
     file = write(tmp_path / "f", [{}])
     with pytest.raises(DataError, match=says):
         real.check_files({name: ([file] if name == "text" else file) if name in given else None for name in real.FILES}, task)
+    if "posts" in given:
+        with pytest.raises(DataError, match="is a folder; --posts takes a file"):
+            real.check_files({**dict.fromkeys(real.FILES), "posts": str(tmp_path), "comparisons": file}, "tldr")
+    assert real.has_mock({"labels": "SST2.TSV"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
