@@ -16,9 +16,10 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
-from data import MAX_TEXT, TASKS, DataError, encode_query, encode_response, posts_of, read_lines
+from data import GPT2_PATTERN, MAX_TEXT, TASKS, DataError, encode_query, encode_response, posts_of, read_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's choice among raw Reddit posts (Stiennon appendix A)
@@ -36,17 +37,19 @@ RULES = ["duplicate post", "not a top-level post", "other subreddit", "title beg
          "summary over 48 tokens"]
 
 
-def filter_tldr(rows, enc, need_summary=True):
+def filter_tldr(rows, enc=None, need_summary=True):
     """-> posts, {rule: how many rows it was the first to drop}, rules in the paper's order.
 
-    rows: dicts with id, subreddit, title (a comment has none), post (or Webis' content), summary, as read_rows reads them;
-    they may stream. need_summary=False leaves out the rules on the summary: the paper's set of prompts for PPO."""
+    rows: dicts with id, subreddit, title (a comment has none), post (or Webis' content, or Reddit's selftext), summary, as read_rows reads
+    them; they may stream. need_summary=False leaves out the rules on the summary: the paper's set of prompts for PPO. enc: GPT-2's
+    encoding, in whose tokens the paper counts; without it tokens are estimated, 1.05 for each piece of GPT2_PATTERN (a word, a mark): of
+    what OpenAI released that keeps 95 %."""
     posts, dropped, seen = [], dict.fromkeys(RULES, 0), set()
     for row in rows:
-        row = row | {"post": row.get("post") or row.get("content")}
-        post = {key: row[key] if isinstance(row.get(key), str) else "" for key in ("id", "subreddit", "title", "post", "summary")}
+        row = row | {"post": row.get("post") or row.get("content") or row.get("selftext")}
+        post = {key: row[key].encode("utf-8", "replace").decode() if isinstance(row.get(key), str) else "" for key in ("id", "subreddit", "title", "post", "summary")}
         post["summary"] = re.sub(r"^\W*tl\W?dr[\s:;,.-]*", "", post["summary"], flags=re.I)
-        key = hashlib.sha256(post["post"].encode("utf-8", "replace")).digest()
+        key = hashlib.sha256(post["post"].encode()).digest()
         rule = "duplicate post" if key in seen else _broken_rule(post, enc, need_summary)
         seen.add(key)
         if rule:
@@ -59,6 +62,9 @@ def filter_tldr(rows, enc, need_summary=True):
 def _broken_rule(post, enc, need_summary):
     """The first of RULES that a post breaks, or None."""
     body, title, summary = post["post"], post["title"], post["summary"]
+
+    def tokens(text):
+        return len(enc.encode_ordinary(text)) if enc else 1.05 * len(regex.findall(GPT2_PATTERN, text))
     if not body.strip() or not title.strip():
         return "not a top-level post"
     if post["subreddit"] not in SUBREDDITS:
@@ -67,7 +73,7 @@ def _broken_rule(post, enc, need_summary):
         return "title begins with edit or update"
     if SENSITIVE.search(title) or SENSITIVE.search(body):
         return "sensitive topic"
-    if len(body) > MAX_TEXT or len(enc.encode_ordinary(body)) > 512:
+    if max(len(body), len(title)) > MAX_TEXT or tokens(body) > 512:
         return "post over 512 tokens"
     if not need_summary:
         return None
@@ -75,7 +81,7 @@ def _broken_rule(post, enc, need_summary):
         return "summary begins with edit, update or P.S."
     if PROFANE.search(summary):
         return "profane summary"
-    n = len(enc.encode_ordinary(summary[:MAX_TEXT]))
+    n = tokens(summary[:MAX_TEXT])
     return "summary under 24 tokens" if n < 24 else "summary over 48 tokens" if n > 48 else None
 
 
@@ -90,7 +96,7 @@ def text_files(path):
     """The .txt and .txt.gz files of a folder, sorted, or the one file that path is."""
     if not os.path.isdir(path):
         return [path]
-    names = sorted(name for name in os.listdir(path) if name.endswith((".txt", ".txt.gz")))
+    names = sorted(name for name in os.listdir(path) if name.lower().endswith((".txt", ".txt.gz")))
     if not names:
         raise DataError(f"{path} holds no .txt file")
     return [os.path.join(path, name) for name in names]
@@ -152,14 +158,35 @@ def excerpts(rows, enc, n, seed, task="sentiment", least=32):
     return posts
 
 
-def held_out_text(rows):
-    """-> indices of the rows to train on, and of those to test on: a twentieth of the text. Stretches are counted in tokens, so that rows
-    of every length agree on what is held out; a row across an edge is in neither."""
-    stretch = min(4096, max(1024, int(rows.stops[-1]) // 20))
-    first, last = rows.starts // stretch, (rows.stops - 1) // stretch  # of the stretches 0, 1, 2, ..., every 20th from 1 on is held out
+def stretch_of(total):
+    """Bytes of a stretch of text; of the stretches 0, 1, 2, ..., every 20th from 1 on is held out: a twentieth of the text."""
+    return min(2**14, max(2**12, total // 20))
+
+
+def held_out_text(rows, enc, n=2**16):
+    """-> indices of the rows to train on, and of those to test on. Stretches are counted in bytes, so that rows of every length, and what a
+    vocabulary is trained on, agree on what is held out; a row across an edge is in neither."""
+    sizes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab - 1)] + [0], np.uint16)  # EOS is no text
+    lengths = [np.add.reduceat(sizes[rows.tokens[first:rows.stops[i:i + n][-1]]], rows.starts[i:i + n] - first, dtype=np.int64)
+               for i in range(0, len(rows), n) for first in (rows.starts[i],)]  # n rows at a time: a large set is read, not held
+    stops = np.concatenate(lengths).cumsum()
+    starts, stretch = np.append(0, stops[:-1]), stretch_of(int(stops[-1]))
+    first, last = starts // stretch, np.maximum(starts, stops - 1) // stretch
     untouched = (last + 19) // 20 == (first + 18) // 20  # as many held-out stretches up to the row's end as before its beginning
     index = np.arange(len(rows))
     return index[untouched], index[(first == last) & (first % 20 == 1)]
+
+
+def text_to_learn(paths, pieces=30):
+    """The first 2 MB or so of every text, to train a vocabulary on, without what held_out_text holds out."""
+    kept, at = [], 0
+    for file in (file for path in paths for file in text_files(path)):
+        for i, piece in enumerate(book_text(file)):
+            kept += [(at, piece.encode())] * (i < pieces)
+            at += len(piece.encode())
+    stretch = stretch_of(at)
+    return [b"".join(raw[max(0, k * stretch - at):max(0, (k + 1) * stretch - at)]
+                     for k in range(at // stretch, (at + len(raw)) // stretch + 1) if k % 20 != 1).decode(errors="ignore") for at, raw in kept]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ truncation, comparison files); Ziegler 2019 and openai/lm-human-preferences (4-w
 """
 import csv
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -207,7 +208,7 @@ def read_lines(path):
 
 def read_rows(path):
     """Yield ("file:line", dict) for each row of a .csv file with a header, else for each line of JSON that is not blank."""
-    if str(path).removesuffix(".gz").endswith(".csv"):
+    if str(path).lower().removesuffix(".gz").endswith(".csv"):
         yield from _csv_rows(path)
         return
     for number, line in read_lines(path):
@@ -272,9 +273,11 @@ def _post(row, task, at):
         row["post"] = re.sub(r"\A.{0,95}\(CNN\)\s*(--\s*)?", "", _text(row, "article", at))
         del row["article"]
         task = "cnndm-transfer" if task == "tldr" else task  # a model that was trained on posts meets an article
-    task = _label(row, "task", at) or task
-    if task not in TASKS:
-        raise DataError(f"{at}: the task must be one of {', '.join(TASKS)}, found {task!r:.60}")
+    own = row.get("task")
+    if isinstance(own, str) and own in TASKS:
+        task = own
+    else:
+        row.pop("task", None)  # of another kind: a post's own field
     if task != "tldr":
         row["task"] = task
     for key in ("subreddit", "title", "post"):
@@ -418,8 +421,34 @@ def load_sst2(path):
 
 
 def post_key(info):
-    """What makes two comparisons share a post: its id, or its text where there is no id."""
-    return str(info.get("id") or info["title"] + "\n" + info["post"])
+    """What makes two comparisons share a post: its id, or its text where there is no id or but a row's number, which says nothing."""
+    id = str(info.get("id") or "")
+    return id if id and not id.isdecimal() else info["title"] + "\n" + info["post"]
+
+
+def names_of(post):
+    """What tells that two rows are about the same post: the text, blanks apart, and an id, unless we made it up or it is a row's number."""
+    text = ("text", hashlib.sha256(" ".join(post["post"].split()).encode()).hexdigest())
+    id = post.get("id") or ""
+    return {text} if not id or id.isdecimal() or id.startswith(("line-", "label-")) else {text, ("id", id)}
+
+
+def same_posts(posts):
+    """-> for each row the name of its post, the same for all rows that are about it, be it by way of others: a has the id of b, b the text
+    of c."""
+    parent = {}
+
+    def root(name):
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+    firsts = []
+    for names in map(names_of, posts):
+        least, *others = sorted(map(root, names))
+        firsts.append(least)
+        for name in others:
+            parent[name] = least
+    return [root(name) for name in firsts]
 
 
 def save_json_lines(path, rows):

@@ -28,7 +28,7 @@ import real
 import sentiment
 import world
 from data import (DataError, decode_response, encode_query, encode_response, in_context_query, load_axis, load_comparisons,
-                  load_posts, pad_rows, post_key, save_json_lines, write_atomic)
+                  load_posts, pad_rows, post_key, same_posts, save_json_lines, write_atomic)
 from ppo import compare_policies
 from reward import group_by_post, sample_responses, score_all, score_groups
 from sft import Parser, evaluate_lm, load_fitting, load_model, open_run, pick_device, read_metrics, run_main, run_text, stored_posts
@@ -840,19 +840,20 @@ def judge_axes(folder, file):
     show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
 
 
-def unseen_comparisons(comparisons, seen):
-    """Those of posts that no comparison in `seen` was trained on: neither the same id nor the same title and text."""
-    def keys(info):
-        return {post_key(info), info["title"] + "\n" + info["post"]}
-    trained = {key for c in seen if c.get("split") == "train" for key in keys(c["info"])}
-    return [c for c in comparisons if not keys(c["info"]) & trained]
+def unseen_comparisons(comparisons, seen, posts):
+    """Those of posts that were not trained on, neither as `posts` nor by a comparison in `seen`: neither the same id nor the same text, be
+    it by way of others."""
+    names = same_posts([c["info"] for c in comparisons] + [c["info"] for c in seen if c.get("split") == "train"] + posts)
+    trained = set(names[len(comparisons):])
+    return [c for c, name in zip(comparisons, names) if name not in trained]
 
 
 def judge_comparisons(folder, file, task, device):
     """How far the run's reward model agrees with a file of human comparisons: table by confidence, report/FILE-agreement.csv."""
     run = open_run(folder)
     every, _ = load_comparisons(file, task or task_of(run))
-    comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0])
+    comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0],
+                                     run.posts["pretrain"] + run.posts["sft"])
     if not comparisons:
         raise DataError(f"{file}: the run {folder} has trained its reward model on every post of these comparisons; take others")
     for c in comparisons:
@@ -864,7 +865,7 @@ def judge_comparisons(folder, file, task, device):
     rows = [[label, str(m["n"]), with_interval((m["accuracy"], m["accuracy_ci"])), with_interval((m["longer_wins"], m["longer_wins_ci"]))]
             for label, m in ((label, measure_reward(part)) for label, part in parts.items())]
     print(f"{file}: {len(comparisons)} comparisons of {len({r['post'] for r in margins})} posts, {len(every) - len(comparisons)} more "
-          "left out because the reward model was trained on their posts; 95 % intervals over posts")
+          "left out because the reward or language model was trained on their posts; 95 % intervals over posts")
     show_table(folder, f"{stem(file)}-agreement", ["confidence", "n", "reward model agrees", "longer wins"], rows)
 
 

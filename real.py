@@ -8,16 +8,16 @@ References: Stiennon 2020 appendices A to C (TL;DR, CNN/DM); Ziegler 2019 §3 (c
 
 run.py's first stage calls split_posts() or split_excerpts(), its fourth read_comparisons(); all other stages see what the embedded
 world would have left.
-A post that is tested on is never trained on: two rows are about the same post where their ids or their texts are equal.
+A post that is tested on is never trained on: two rows are about the same post where their texts are equal, or their ids, unless
+those are row numbers.
 """
-import hashlib
-import itertools
 import json
 import os
 import random
+import re
 
-from corpus import book_text, excerpts, filter_tldr, held_out_text, stored_text, text_files
-from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, post_key, query_text, train_bpe
+from corpus import excerpts, filter_tldr, held_out_text, stored_text, text_to_learn
+from data import TASKS, DataError, gpt2_encoding, load_comparisons, load_labels, load_posts, names_of, query_text, read_rows, same_posts, train_bpe
 from download import GPT2_FILES, fetch
 from model import read_config
 
@@ -35,7 +35,7 @@ CONTINUATIONS = ("sentiment", "descriptiveness")
 
 def has_mock(files):
     """Whether a classifier of sentences labels in place of people. (sentiment.py)"""
-    return (files["labels"] or "").removesuffix(".gz").endswith(".tsv")
+    return (files["labels"] or "").lower().removesuffix(".gz").endswith(".tsv")
 
 
 def check_files(files, task):
@@ -44,7 +44,8 @@ def check_files(files, task):
     for name in sorted(given):
         for file in files[name] if name == "text" else [files[name]]:
             if not (os.path.exists if name == "text" else os.path.isfile)(file):
-                raise DataError(f"{file} does not exist")
+                raise DataError(f"{file} is a folder; --{name.replace('_', '-')} takes a file" if os.path.isdir(file) else
+                                f"{file} does not exist")
     if task in CONTINUATIONS:
         if given and given != {"text", "labels"}:
             raise DataError(f"task {task} takes --text and --labels, and no other files: excerpts of the text are its queries")
@@ -58,15 +59,15 @@ def check_files(files, task):
 # ---------------------------------------------------------------------------------------------------------------------
 # vocabulary and weights that were made elsewhere
 
-def vocabulary(model, texts):
-    """GPT-2's encoding where settings of the model ask for it or for its weights; else one trained on texts."""
+def vocabulary(model, texts, books=()):
+    """GPT-2's encoding where settings of the model ask for it or for its weights; else one trained on texts and on books."""
     if model.vocab or model.init:
         own = [name for name in (model.vocab, model.init) if os.path.isdir(name) and any(
             os.path.exists(os.path.join(name, file)) for file in ("vocab.json", "encoder.json"))]
         if model.vocab not in ("", "gpt2") and model.vocab not in own:
             raise DataError(f"{model.vocab} holds no vocabulary: encoder.json and vocab.bpe, or vocab.json and merges.txt")
         return gpt2_encoding(own[0] if own and model.vocab != "gpt2" else None)
-    return train_bpe(texts, model.vocab_size)
+    return train_bpe(texts + text_to_learn(books), model.vocab_size)
 
 
 def init_config(init):
@@ -100,70 +101,77 @@ def check_init(init, enc, Q, R):
 # ---------------------------------------------------------------------------------------------------------------------
 # posts
 
-def names_of(post):
-    """What tells that two rows are about the same post: an id, unless we made it up, and the text, blanks apart."""
-    text = hashlib.sha256(" ".join(post["post"].split()).encode()).hexdigest()
-    made_up = not post.get("id") or post["id"].startswith(("line-", "label-"))
-    return {text} if made_up else {text, post["id"]}
-
-
-def without(posts, others):
-    """The posts that none of the others is about."""
+def without(posts, others, what=""):
+    """The posts that none of the others is about; where `what` says what these are, how many are left out is told."""
     names = set().union(*map(names_of, others))
-    return [post for post in posts if not names & names_of(post)]
+    left = [post for post in posts if not names & names_of(post)]
+    if what and len(left) < len(posts):
+        print(f"{len(posts) - len(left)} posts are not trained on: {what}")
+    return left
 
 
-def read_posts(run):
-    """Every post of --posts, in an order drawn from the seed."""
-    posts, skipped = load_posts(run.files["posts"], run.settings.data.task)
-    print(f"{run.files['posts']}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
-    if len(posts) < 8:
-        raise DataError(f"{run.files['posts']} has {len(posts)} usable posts; at least 8 are needed")
+def read_posts(run, option, need_summary=True):
+    """Every post of --posts, --test-posts or --prompts, filtered where that is asked for: raw rows then need not have all fields."""
+    file, m = run.files[option], run.settings.model
+    if run.settings.data.filter:
+        enc = vocabulary(m, []) if m.vocab or m.init else None
+        enc = enc if enc and enc.n_vocab == 50257 else None
+        posts, dropped = filter_tldr((row for _, row in read_rows(file)), enc, need_summary)
+        print(f"{file}: the paper's filter keeps {len(posts)} posts, counting {'GPT-2 tokens' if enc else '1.05 tokens a word or mark'}; "
+              f"dropped: {', '.join(f'{n} {rule}' for rule, n in dropped.items() if n)}")
+        return posts
+    posts, skipped = load_posts(file, run.settings.data.task, need_summary)
+    print(f"{file}: {len(posts)} posts, {skipped} more skipped because post or summary is empty")
     for post in posts:
         post.pop("facts", None)  # the gold judge speaks of its own world only
-    random.Random(run.seed).shuffle(posts)
     return posts
 
 
 def split_posts(run):
     """-> encoding, {split: posts}. Posts that are tested on are in no other split, and the vocabulary is not trained on them."""
-    s, files, posts = run.settings.data, run.files, read_posts(run)
+    s, files, posts = run.settings.data, run.files, read_posts(run, "posts")
+    if len(posts) < 8:
+        raise DataError(f"{files['posts']} has {len(posts)} usable posts; at least 8 are needed")
+    random.Random(run.seed).shuffle(posts)
     held = max(1, min(s.test, len(posts) // 8))
-    parts = {"test": load_posts(files["test_posts"], s.task)[0][:s.test] if files["test_posts"] else posts[:held]}
-    posts = without(posts[0 if files["test_posts"] else held:], parts["test"])
-    parts |= {"valid": posts[:held], "train": without(posts[held:], posts[:held])}
-    enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]] + sample_texts(files))
-    for name in parts if s.filter else ():
-        parts[name], dropped = filter_tldr(parts[name], enc)
-        why = ", ".join(f"{n} {rule}" for rule, n in dropped.items() if n)
-        print(f"the paper's filter keeps {len(parts[name])} {name} posts; dropped: {why}")
+    tests = read_posts(run, "test_posts") if files["test_posts"] else posts[:held]
+    posts = without(posts[0 if files["test_posts"] else held:], tests, "they are tested on")  # even those that data.test is too small for
+    parts = {"test": tests[:s.test], "valid": posts[:held], "train": without(posts[held:], posts[:held], "they are held out")}
+    enc = vocabulary(run.settings.model, [text_of(p) for p in parts["train"][:5000]], files["text"] or ())
+    parts = {name: with_fitting_titles(part, enc, run.settings.model.max_query) for name, part in parts.items()}
     splits = {"test": parts["test"], "valid": parts["valid"], "pretrain": parts["train"][:s.pretrain], "sft": parts["train"][:s.sft]}
     if files["prompts"]:
-        prompts = load_posts(files["prompts"], s.task, need_summary=False)[0]
-        prompts = filter_tldr(prompts, enc, need_summary=False)[0] if s.filter else prompts
-        splits["prompts"] = without(prompts, splits["test"] + splits["valid"])
+        prompts = read_posts(run, "prompts", need_summary=False)
+        prompts = with_fitting_titles(prompts, enc, run.settings.model.max_query)
+        splits["prompts"] = without(prompts, tests + splits["valid"], "prompts that are tested on or held out")
     for name, part in splits.items():
         if not part:
             raise DataError(f"no post is left for {name} once those that are tested on are taken out; more posts are needed")
     return enc, splits
 
 
+def with_fitting_titles(posts, enc, Q):
+    """The posts whose queries are at most Q tokens once the post itself is cut; how many are not is told."""
+    def fits(post):
+        text = query_text({**post, "post": ""})
+        return len(text.encode()) <= Q or len(enc.encode_ordinary(text)) <= Q  # a token has a byte or more
+    left = [post for post in posts if fits(post)]
+    if len(left) < len(posts):
+        print(f"{len(posts) - len(left)} posts are left out: their titles alone need more than the {Q} tokens of model.max_query")
+    return left
+
+
 def text_of(post):
     return query_text(post) + " " + post["summary"]
-
-
-def sample_texts(files, pieces=30):
-    """The first 2 MB or so of every text, to train a vocabulary on."""
-    return [piece for path in files["text"] or () for file in text_files(path) for piece in itertools.islice(book_text(file), pieces)]
 
 
 def split_excerpts(run):
     """-> encoding, {split: posts}: excerpts of the texts to continue, what follows in the book as the reference. Held-out text is tested
     on."""
     s, files, task = run.settings.data, run.files, TASKS[run.settings.data.task]
-    enc = vocabulary(run.settings.model, sample_texts(files))
+    enc = vocabulary(run.settings.model, [], files["text"])
     rows, splits = stored_text(os.path.join(run.folder, "tokens"), files["text"], enc, 2 * task.Q), {}
-    c, (trained, tested) = run.settings.collect, held_out_text(rows)
+    c, (trained, tested) = run.settings.collect, held_out_text(rows, enc)
     parts = [(("test", "valid"), tested, 2 * s.test), (("pretrain",), trained, max(s.pretrain, s.sft))]
     parts += [(("collect",), trained, c.posts), (("held_out",), tested, c.held_out_posts)] if has_mock(files) else []
     for names, part, n in parts:
@@ -202,20 +210,30 @@ def read_comparisons(run, enc):
     labels, skipped = load_labels(files["labels"])  # in GPT-2's ids, whatever the run's own vocabulary is
     print(f"{files['labels']}: {len(labels)} labels, {skipped} more skipped because a text is empty")
     gpt2 = enc if enc.n_vocab == 50257 else gpt2_encoding()
-    return labels_as_comparisons(labels, gpt2, task, random.Random(run.seed))
+    rows = labels_as_comparisons(labels, gpt2, task, random.Random(run.seed))
+    for row in rows:
+        row["info"]["post"] = last_words(enc, row["info"]["post"], run.settings.model.max_query)
+    return rows
+
+
+def last_words(enc, text, Q):
+    """The end of a text, at most Q tokens from a word on: what a continuation continues. (An own vocabulary needs more tokens than
+    GPT-2's, and encode_query keeps the beginning.)"""
+    while len(enc.encode_ordinary(text)) > Q:
+        text = re.sub(r"(?s)\A\s*\S+\s+(?=\S)|\A.", "", text)  # without its first word; of the last word, without a letter
+    return text
 
 
 def split_comparisons_by_post(comparisons, tested, rng):
     """Give each comparison its split, in place. Several share a post: held out are the posts that the file holds out (OpenAI's splits
     valid1 and valid2), or a fifth of the posts where its splits do not have two sides with posts of their own; and every one of `tested`."""
-    names = set().union(*map(names_of, tested))
-    def key(info):  # an excerpt that was labelled twice is one post, whatever its labels are called
-        return info["post"] if (info.get("id") or "").startswith("label-") else post_key(info)
-    train, held_out = ({key(c["info"]) for c in comparisons if str(c.get("split")).startswith(side)} for side in ("train", "valid"))
-    keys = sorted({key(c["info"]) for c in comparisons})
-    if not train or not held_out or train & held_out or len(train) + len(held_out) < len(keys):
-        rng.shuffle(keys)
-        held_out = set(keys[:max(1, len(keys) // 5)])
-    for c in comparisons:
-        c["split"] = "valid" if key(c["info"]) in held_out or names & names_of(c["info"]) else "train"
+    names = same_posts([c["info"] for c in comparisons] + tested)
+    names, tested = names[:len(comparisons)], set(names[len(comparisons):])
+    train, held_out = ({name for c, name in zip(comparisons, names) if str(c.get("split")).startswith(side)} for side in ("train", "valid"))
+    posts = sorted(set(names))
+    if not train or not held_out or train & held_out or len(train) + len(held_out) < len(posts):
+        rng.shuffle(posts)
+        held_out = set(posts[:max(1, len(posts) // 5)])
+    for c, name in zip(comparisons, names):
+        c["split"] = "valid" if name in held_out or name in tested else "train"
         c["info"].pop("facts", None)

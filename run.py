@@ -31,7 +31,7 @@ import real
 import sentiment
 import world
 from corpus import stored_text
-from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, save_encoding,
+from data import (EOS, TASKS, DataError, decode_response, encode_query, encode_response, load_comparisons, pad_rows, read_rows, save_encoding,
                   save_json_lines, save_vocabulary, write_atomic)
 from model import GPT, GPTConfig, choose_precision
 from ppo import PPOSettings, pretraining_rows, prompts, train_ppo
@@ -262,14 +262,15 @@ def stage_data(run):
     stop_rule(enc, s.ppo.stop_token, s.ppo.truncate_after, R)  # what later stages would refuse is refused before any work
     c, mock = model_config(s.model, enc, s.model.max_query, R), real.has_mock(run.files)
     sentences = sentiment.split_sentences(run.files["labels"], enc, c.n_positions - 1, run.seed)[1] if mock else []
-    groups = check_comparisons(run, enc, splits) if run.real and not mock else None
+    groups, needed = check_comparisons(run, enc, splits) if run.real and not mock else (None, 0)
     ppo_prompts = prompts(SimpleNamespace(folder=run.folder, posts=splits, config=run.config))
     check(len(ppo_prompts) > 0, "data.pretrain must be larger: no post is left for PPO to write summaries of")
     os.makedirs(path(run, "data"), exist_ok=True)
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
     rows = {name: split_rows(run.folder, name, enc, s.model.max_query, R) for name in splits}
-    Q = int(max((part.stops - part.starts)[::2].max() for part in rows.values()))  # as long as the longest query, at most max_query
+    # as long as the longest query, at most max_query
+    Q = max(needed, *(int((part.stops - part.starts)[::2].max()) for part in rows.values()))
     check_fit(run, enc, Q, R, rows, groups, sum(len(ids) for ids, _ in sentences))
     save_encoding(enc, path(run, "tokenizer.json"))
     write_atomic(path(run, "data", "lengths.json"), json.dumps({"Q": Q, "R": R}))
@@ -277,16 +278,37 @@ def stage_data(run):
           f"queries up to Q = {Q}, responses up to R = {R} tokens")
 
 
-def check_comparisons(run, enc, splits):
-    """What the reward stage would refuse of people's comparisons, hours later. -> their groups"""
+def read_comparisons(run, enc, posts):
+    """People's comparisons, split: for every seed alike, as seeds may share the data and the SFT model."""
     comparisons = real.read_comparisons(run, enc)
-    real.split_comparisons_by_post(comparisons, splits["test"] + splits["valid"], random.Random(f"collect-{run.seed}"))
+    real.split_comparisons_by_post(comparisons, posts["test"] + posts["valid"], random.Random("collect"))
+    return comparisons
+
+
+def check_comparisons(run, enc, splits):
+    """What the reward stage would refuse of people's comparisons, hours later. Posts of held-out ones leave what is trained on: the reward
+    model has never seen them. -> groups of comparisons, how many tokens their queries must have at least"""
+    comparisons = read_comparisons(run, enc, splits)
     check_sides([c["split"] for c in comparisons], run.files["comparisons"] or run.files["labels"])
+    for name in ("pretrain", "sft"):
+        splits[name] = real.without(splits[name], [c["info"] for c in comparisons if c["split"] == "valid"],
+                                    f"held-out comparisons are about them ({name})")
+        check(splits[name], f"no post is left for {name} once those of held-out comparisons are taken out; more posts are needed")
     groups = group_texts(comparisons)
     check_labels(groups, run.settings.reward.loss)
-    for group in groups:
-        encode_query(enc, {**group["query"], "post": ""}, run.settings.model.max_query)  # does its title fit?
-    return groups
+    needed = 0
+    for group in groups:  # does its title fit? And all of what is to be continued?
+        post = group["query"] if run.files["labels"] else {**group["query"], "post": ""}
+        try:
+            needed = max(needed, len(encode_query(enc, post, run.settings.model.max_query)))
+        except DataError as e:
+            raise DataError(f"{line_of(run.files['comparisons'], group['query'])}: {e}") from None
+    return groups, needed
+
+
+def line_of(file, info):
+    """file:line of the first comparison with this title."""
+    return next((at for at, row in read_rows(file) if isinstance(row.get("info"), dict) and row["info"].get("title") == info["title"]), file)
 
 
 def check_fit(run, enc, Q, R, rows, groups, mock):
@@ -406,8 +428,7 @@ def stage_collect(run):
             print(f"on {agreement['pairs']} pairs of one policy's samples labelers agree with the gold judge "
                   f"{agreement['with_judge']:.1%}, with each other {agreement['between_labelers']:.1%}")
     else:
-        comparisons = real.read_comparisons(run, run.enc)
-        real.split_comparisons_by_post(comparisons, run.posts["test"] + run.posts["valid"], rng)
+        comparisons = read_comparisons(run, run.enc, run.posts)
     os.makedirs(os.path.dirname(of_round(run, "comparisons.jsonl")), exist_ok=True)
     save_json_lines(of_round(run, "comparisons.jsonl"), comparisons)
     print(f"{len(comparisons)} comparisons in {of_round(run, 'comparisons.jsonl')}")

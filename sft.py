@@ -401,7 +401,7 @@ def run_text(run):
     """The run's text in rows of Q + R tokens: TokenRows to train on, TokenRows to test on; None where it has none."""
     if run.config.get("text"):
         rows = stored_text(os.path.join(run.folder, "tokens"), run.config["text"], run.enc, run.Q + run.R)
-        return [rows.take(part) for part in held_out_text(rows)]
+        return [rows.take(part) for part in held_out_text(rows, run.enc)]
 
 
 def stored_posts(run, split):
@@ -413,7 +413,7 @@ def stored_posts(run, split):
         files = [file for path in run.config["text"] for file in text_files(path)]
         both = itertools.chain(rows, (part for row in text[0] if len(row) > 1 for part in (row[:1], row[1:])))
         rows = store_rows(os.path.join(run.folder, "tokens"), [os.path.join(run.folder, "data", "pretrain.jsonl"), *files], run.enc,
-                          ["posts and text", run.Q, run.R], both)
+                          ["posts and text, by bytes", run.Q, run.R], both)
     return rows.columns(2)
 
 

@@ -103,7 +103,7 @@ def small_run(tmp_path, enc):
         "data": {"task": "tldr"}, "ppo": {"temperature": 0.7, "stop_token": "", "truncate_after": 0}}}))
     (folder / "data" / "lengths.json").write_text(json.dumps({"Q": 70, "R": 12}))
     save_encoding(enc, folder / "tokenizer.json")
-    for split in ("sft", "test"):
+    for split in ("pretrain", "sft", "test"):
         save_json_lines(folder / "data" / f"{split}.jsonl", [post, {**post, "id": "b"}])
     save_json_lines(folder / "comparisons.jsonl", [{"info": post, "summaries": [{"text": "cat"}, {"text": "dog"}], "choice": 0, "split": "train"}])
     for i, stage in enumerate(("pretrained", "sft", "reward", "ppo")):

@@ -41,6 +41,9 @@ def test_filter_drops_by_each_rule_once(enc):
     assert posts[5]["post"] == "as Webis has it" and posts[6]["summary"] == summary.strip() and set(posts[0]) == set(POST)
     posts, dropped = corpus.filter_tldr(kept + list(broken.values()), enc, need_summary=False)
     assert len(posts) == len(kept) + 4 and sum(dropped.values()) == 6
+    for n, rule in ((22, "summary under 24 tokens"), (23, None), (45, None), (46, "summary over 48 tokens")):  # 1.05 tokens a word
+        dropped = corpus.filter_tldr([row(summary=" ".join(["word"] * n))])[1]
+        assert [name for name, count in dropped.items() if count] == [rule] * bool(rule)
     assert len(corpus.SUBREDDITS) == len(set(corpus.SUBREDDITS)) == 29
 
 
@@ -59,7 +62,7 @@ def test_book_text_is_the_book_alone(tmp_path, enc):
         pieces = list(corpus.book_text(str(tmp_path / "b.txt"), size))
         assert "".join(pieces) == whole and max(map(len, pieces)) <= size
     assert len(pieces) > 40 and [i for piece in pieces for i in enc.encode_ordinary(piece)] == enc.encode_ordinary(whole)
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"no header here.\n"))
+    (tmp_path / "c.TXT.gz").write_bytes(gzip.compress(b"no header here.\n"))
     (tmp_path / "notes.md").write_text("not a book")
     rows = list(corpus.text_rows(str(tmp_path), enc, 100))
     plain = enc.encode_ordinary(whole)
@@ -160,13 +163,15 @@ def test_training_reads_stored_rows_as_it_reads_lists(tmp_path, enc):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("total", [3000, 50000, 400000])
-def test_rows_of_every_length_agree_on_what_is_held_out(total):
+@pytest.mark.parametrize("total", [4000, 50000, 400000])
+def test_rows_of_every_length_agree_on_what_is_held_out(total, enc):
     """Catches a held-out stretch counted in rows: text that is tested on in rows of one length would be trained on in rows of another."""
+    tokens = np.random.default_rng(0).integers(enc.n_vocab - 1, size=total, dtype=np.uint16)
+
     def ranges(T):
         starts = np.arange(0, total, T)
         stops = np.minimum(starts + T, total)
-        train, test = corpus.held_out_text(corpus.TokenRows(None, starts, stops))
+        train, test = corpus.held_out_text(corpus.TokenRows(tokens, starts, stops), enc, n=100)
         marks = []
         for part in (train, test):
             mark = np.zeros(total, bool)
@@ -180,3 +185,16 @@ def test_rows_of_every_length_agree_on_what_is_held_out(total):
             assert not (ranges(T)[0] & ranges(other)[1]).any()
     if total > 10**5:
         assert .03 < ranges(128)[1].mean() < .07
+
+
+def test_a_vocabulary_does_not_read_what_is_held_out(tmp_path, enc):
+    """Catches bits per byte of text that the vocabulary was made of: every row is read that is trained on, and none that is tested on."""
+    rng = random.Random(0)
+    for name, n in (("a", 5000), ("b", 20000), ("c", 5000)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(rng.choice(["my", "cät", "ran", "漢字", "office", "\n"]) for _ in range(n)))
+    rows = corpus.stored_text(str(tmp_path / "cache"), [str(tmp_path)], enc, 100)
+    learned = "".join(corpus.text_to_learn([str(tmp_path)]))
+    def text(i):
+        return enc.decode([id for id in rows[i] if id < enc.n_vocab - 1]).strip("\ufffd")  # a row may end within a letter
+    train, test = corpus.held_out_text(rows, enc)
+    assert len(test) > 5 and all(text(i) in learned for i in train) and not any(text(i) in learned for i in test)

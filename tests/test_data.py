@@ -347,8 +347,11 @@ def test_cnndm_as_csv_and_as_json_lines(tmp_path):
         (tmp_path / "x.csv").write_text(bad, newline="")
         with pytest.raises(DataError, match=says):
             data.load_posts(str(tmp_path / "x.csv"), "cnndm")
-    with pytest.raises(DataError, match="the task must be one of tldr"):
-        data.load_posts(write(tmp_path, POST | {"task": "poems"}))
+    (tmp_path / "X.CSV").write_text(table, newline="")
+    assert data.load_posts(str(tmp_path / "X.CSV"), "cnndm")[0] == posts
+    for own in ("summarization", ["x"], 3):  # a post's own field says nothing of ours
+        assert data.load_posts(write(tmp_path, POST | {"task": own}))[0] == [POST]
+        assert data.load_posts(write(tmp_path, POST | {"task": own}), "cnndm")[0] == [POST | {"task": "cnndm"}]
 
 
 def test_comparisons_of_every_kind(tmp_path):

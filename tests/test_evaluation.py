@@ -465,9 +465,10 @@ def compared(post, title="t", id=None, choice=0, split=None, confidence=None, a=
 
 
 def test_comparisons_of_posts_that_were_trained_on_are_left_out():
-    seen = [compared("A", id="1", split="train"), compared("B", id="2", split="valid"), compared("C", split="train")]
-    asked = [compared("A", id="1"), compared("A"), compared("B", id="2"), compared("C", id="9"), compared("D", id="1"), compared("D", id="4"), compared("C", "u")]
-    assert evaluation.unseen_comparisons(asked, seen) == [asked[i] for i in (2, 5, 6)]
+    seen = [compared("A", id="a", split="train"), compared("B", id="b", split="valid"), compared("C", split="train")]
+    asked = [compared("A", id="a"), compared("A"), compared("B", id="b"), compared("C", id="c"), compared("D", id="a"), compared("D"), compared("E", id="d")]
+    asked.append(compared("F ", id="f"))
+    assert evaluation.unseen_comparisons(asked, seen, [{"id": "x", "post": "F"}]) == [asked[i] for i in (2, 6)]  # the text D has the id of the text A
 
 
 def evaluate(monkeypatch, *args):

@@ -63,22 +63,30 @@ def book(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # splits
 
-def test_no_post_that_is_tested_on_is_trained_on(tmp_path):
+def test_no_post_that_is_tested_on_is_trained_on(tmp_path, capsys):
     """Catches a test post that comes back under its id, under its text with other blanks, as a prompt, or in another split."""
-    posts, tests = [post(i) for i in range(40)], [post(100 + i) for i in range(6)]
+    posts, tests = [post(i) for i in range(40)], [post(100 + i, facts={"who": "x"}) for i in range(6)]
     again = [{**tests[0], "post": "another text"}, {**tests[1], "id": "other", "post": tests[1]["post"].replace(" ", " \n")}]
-    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts + again), test_posts=write(tmp_path / "t.jsonl", tests),
-              prompts=write(tmp_path / "q.jsonl", [{**p, "summary": ""} for p in posts + tests]))
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts + again + tests[4:]), test_posts=write(tmp_path / "t.jsonl", tests),
+              prompts=write(tmp_path / "q.jsonl", [{**p, "summary": "", "facts": {}} for p in posts + tests]))
     enc, splits = real.split_posts(r)
-    assert set(splits) == {"test", "valid", "pretrain", "sft", "prompts"} and splits["test"] == tests
+    assert set(splits) == {"test", "valid", "pretrain", "sft", "prompts"} and [p["id"] for p in splits["test"]] == [p["id"] for p in tests]
+    assert not any("facts" in p for part in splits.values() for p in part)  # a field of that name would call the gold judge
     assert len(splits["valid"]) == 5 and len(splits["pretrain"]) == 35 and len(splits["prompts"]) == 35
     held = {p["id"] for p in splits["test"] + splits["valid"]} | {"other"}
     assert not held & {p["id"] for name in ("pretrain", "sft", "prompts") for p in splits[name]}
+    r.settings.data.test = 2  # the other four are not trained on either
+    few = real.split_posts(r)[1]
+    assert len(few["test"]) == 2 and not {p["id"] for p in tests} & {p["id"] for name in ("valid", "pretrain", "sft") for p in few[name]}
     r.files["test_posts"] = None
+    r.settings.data.test = 12
     splits = real.split_posts(r)[1]
     assert len(splits["test"]) == 5 and not {p["id"] for p in splits["test"]} & {p["id"] for p in splits["valid"] + splits["pretrain"]}
-    made_up = [{"id": "line-1", "post": "x"}, {"id": "line-1", "post": "y"}]  # ids that we gave are no proof
-    assert real.without(made_up[:1], made_up[1:]) == made_up[:1] and real.without(made_up, made_up) == []
+    for id in ("line-1", "17"):  # ids that we gave, or that are rows' numbers, are no proof
+        numbers = [{"id": id, "title": "t", "post": "x"}, {"id": id, "title": "t", "post": "y"}]
+        assert real.without(numbers[:1], numbers[1:]) == numbers[:1] and real.without(numbers, numbers) == []
+    assert data.post_key(numbers[0]) != data.post_key(numbers[1])
+    assert "4 posts are not trained on: they are tested on" in capsys.readouterr().out
 
 
 def test_comparisons_are_split_by_post_and_tested_posts_are_held_out():
@@ -90,6 +98,12 @@ def test_comparisons_are_split_by_post_and_tested_posts_are_held_out():
     assert all(splits[i] == {"valid"} for i in (3, 4, 5)) and all(len(s) == 1 for i, s in splits.items())
     assert 4 <= sum(s == {"valid"} for s in splits.values()) <= 8
     assert rows[0]["summaries"][0]["note"] == "n" and rows[0]["worker"] == "w"
+    for row in rows[::2]:  # the same posts without ids; and by way of them, the posts of the others under new ids
+        row["info"]["id"] = None
+    rows += [comparison({**posts[i], "id": f"new-{i}", "post": f"another text {i}"}) for i in range(20)]
+    rows += [comparison({**posts[i], "id": f"new-{i}"}) for i in range(20)]
+    real.split_comparisons_by_post(rows, posts[:1], random.Random(1))
+    assert all(len({row["split"] for row in rows[i::20]}) == 1 for i in range(20)) and rows[60]["split"] == "valid"
 
 
 @pytest.mark.parametrize("own, kept", [
@@ -109,8 +123,25 @@ def test_a_files_own_split_counts(own, kept):
     assert rows[0]["split"] == "valid"
 
 
+def test_posts_of_held_out_comparisons_are_not_trained_on(tmp_path, monkeypatch):
+    """Catches 'labels on posts it has not seen' of posts that SFT has learned by heart; with another seed on the same data too."""
+    posts = [post(i) for i in range(60)]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts), comparisons=write(tmp_path / "c.jsonl", [
+        comparison(posts[i] if i % 2 else {**posts[i], "id": "other"}, i) for i in range(50)]))
+    r.config = {"settings": {"data": {}}}
+    monkeypatch.setattr(run, "check_fit", lambda *args: None)
+    run.stage_data(r)
+    r.posts, r.enc, r.round, r.seed = sft.Posts(r.folder + "/data"), data.load_encoding(r.folder + "/tokenizer.json"), 1, 2
+    run.stage_collect(r)
+    rows = data.load_comparisons(r.folder + "/comparisons.jsonl")[0]
+    held_out, train = ([c["info"] for c in rows if c["split"] == split] for split in ("valid", "train"))
+    for name in ("pretrain", "sft"):
+        assert real.without(r.posts[name], held_out) == r.posts[name] != real.without(r.posts[name], train)
+    assert len(held_out) >= 10
+
+
 @pytest.mark.parametrize("changes, says", [
-    ({"title": "long " * 200}, "its title alone"), ({"id": "t3_0"}, "leaves 0 comparisons to train on|held out, on posts of their own")])
+    ({"title": "long " * 200}, r"c.jsonl:4: post t3_103: its title alone"), ({"id": "t3_0"}, "leaves 0 comparisons to train on|held out, on posts of their own")])
 def test_comparisons_that_the_reward_stage_would_refuse_are_refused_at_once(tmp_path, changes, says):
     """Catches pretraining for hours in front of comparisons that cannot be used: a title too long, or all of them about one post."""
     rows = [comparison(post(100 + i, **(changes if i == 3 or "id" in changes else {}), **({"post": "one"} if "id" in changes else {})), i)
@@ -120,6 +151,17 @@ def test_comparisons_that_the_reward_stage_would_refuse_are_refused_at_once(tmp_
         run.stage_data(r)
 
 
+def test_posts_with_titles_too_long_are_left_out(tmp_path, capsys):
+    """Catches one title that refuses a file of a hundred thousand posts, in a file that the run then removes."""
+    posts = [post(i, title="long " * (200 if i % 10 == 3 else 20)) for i in range(40)]
+    r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts), prompts=write(tmp_path / "q.jsonl", posts))
+    enc, splits = real.split_posts(r)
+    assert sum(len(splits[name]) for name in ("test", "valid", "pretrain")) == 36 and len(splits["prompts"]) == len(splits["pretrain"])
+    for part in splits.values():
+        assert not any(len(p["title"]) > 500 for p in part) and max(len(data.encode_query(enc, p, 128)) for p in part) <= 128
+    assert "titles alone need more than the 128 tokens" in capsys.readouterr().out
+
+
 def test_the_filter_drops_what_the_paper_drops(tmp_path):
     posts = [post(i, subreddit="tifu" if i % 2 else "elsewhere", summary=words(30)) for i in range(60)]
     r = a_run(tmp_path, posts=write(tmp_path / "p.jsonl", posts))
@@ -127,6 +169,15 @@ def test_the_filter_drops_what_the_paper_drops(tmp_path):
     assert {p["subreddit"] for p in real.split_posts(r)[1]["pretrain"]} == {"tifu", "elsewhere"}
     r.settings.data.filter = True
     assert {p["subreddit"] for p in real.split_posts(r)[1]["pretrain"]} == {"tifu"}
+    raw = [{"id": f"t1_{i}", "body": words(9), "content": f"comment {i}", "summary": words(30)} for i in range(200)]  # Webis' comments
+    raw += [{"title": None, "subreddit": "tifu", "selftext": f"no title {i}", "summary": words(30)} for i in range(200)]
+    raw += [{"id": i, "subreddit": "tifu", "title": "half a \ud83d", "selftext": f"story {i} {words(20)}", "summary": words(30)} for i in range(60)]
+    r.files["posts"], r.settings.data.test = write(tmp_path / "raw.jsonl", raw), 6  # what is dropped counts for no split
+    splits = real.split_posts(r)[1]
+    assert {name: len(part) for name, part in splits.items()} == {"test": 6, "valid": 6, "pretrain": 48, "sft": 40}
+    assert not any(p["title"] != "half a ?" for part in splits.values() for p in part)
+    r.settings.model.vocab_size = 258  # bytes: 30 words would be far more than 48 tokens of its own
+    assert len(real.split_posts(r)[1]["test"]) == 6
 
 
 @pytest.mark.parametrize("task, given, says", [
@@ -136,6 +187,10 @@ def test_files_that_do_not_go_together(tmp_path, task, given, says):
     file = write(tmp_path / "f", [{}])
     with pytest.raises(DataError, match=says):
         real.check_files({name: ([file] if name == "text" else file) if name in given else None for name in real.FILES}, task)
+    if "posts" in given:
+        with pytest.raises(DataError, match="is a folder; --posts takes a file"):
+            real.check_files({**dict.fromkeys(real.FILES), "posts": str(tmp_path), "comparisons": file}, "tldr")
+    assert real.has_mock({"labels": "SST2.TSV"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +221,26 @@ def test_four_way_labels_become_one_choice_of_the_best(enc):
     for label, g in zip(labels, groups, strict=True):
         best = reward.ranks_of([g])[0].argmin()
         assert data.decode_response(enc, g["responses"][best]) == texts[label["best"]] and enc.decode(g["query"]) == "the cat."
+
+
+def test_a_labelled_excerpt_keeps_its_end(tmp_path, book, monkeypatch):
+    """Catches samples that continue nothing: in an own vocabulary a label's query is longer than Q, and what stood before them was cut."""
+    gpt2 = data.train_bpe(["".join(corpus.book_text(f"{book}/a.txt"))] + ["zebra quagga okapi"] * 9, 700)
+    texts = [f"{words(30)}. zebra {i} quagga okapi zebra quagga okapi zebra quagga okapi." for i in range(20)]
+    (tmp_path / "l.json").write_text(json.dumps([{"query": gpt2.encode_ordinary(text), "best": 0, **{
+        f"sample{k}": gpt2.encode_ordinary(f" it ran {k}.") for k in range(4)}} for text in texts]))
+    monkeypatch.setattr(real, "gpt2_encoding", lambda folder=None: gpt2)
+    r, kept = a_run(tmp_path, "sentiment", "gpt2-sentiment", text=[book], labels=str(tmp_path / "l.json")), {}
+    s = r.settings
+    r.config, s.model.init, s.data.pretrain, s.data.sft, s.data.test, s.model.max_query = {"settings": {"data": {}}}, "", 20, 20, 2, 70
+    monkeypatch.setattr(run, "check_fit", lambda r, enc, Q, *rest: kept.update(enc=enc, Q=Q))
+    run.stage_data(r)
+    groups = reward.group_by_post(kept["enc"], real.read_comparisons(r, kept["enc"]), kept["Q"], 24)
+    assert len(groups) == 20 and kept["Q"] > 64  # longer than any excerpt of the text
+    for text, g in zip(texts, groups):
+        found = kept["enc"].decode(g["query"])
+        assert text.endswith(" " + found) and len(text) > len(found) and len(kept["enc"].encode_ordinary(text[-len(found) - 12:])) > 70
+    assert real.last_words(kept["enc"], "zebra" * 50, 9) == ("zebra" * 50)[-len(real.last_words(kept["enc"], "zebra" * 50, 9)):] != ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,10 +291,11 @@ def test_stored_rows_of_a_run(tmp_path, enc, book):
     assert enc.decode(queries[2]).startswith("Article:") and enc.decode(responses[2])[0] != " "
     assert [list(part) for part in sft.stored_posts(r, "sft")] == [queries, responses]
     rows = [row for name in "ab" for row in corpus.text_rows(f"{book}/{name}.txt", enc, 102)]
-    ends = np.cumsum([len(row) for row in rows])
-    stretch = int(ends[-1]) // 20
-    assert 1024 < stretch < 4096  # the second of 20 such stretches is held out
-    stretches = [(int(end - len(row)) // stretch, int(end - 1) // stretch) for row, end in zip(rows, ends)]
+    sizes = [len(enc.decode_bytes([i for i in row if i < enc.n_vocab - 1])) for row in rows]
+    ends = np.cumsum(sizes)
+    stretch = 4096
+    assert 17 * stretch < ends[-1] < 20 * stretch  # the second of them is held out
+    stretches = [(int(end - size) // stretch, int(end - 1) // stretch) for size, end in zip(sizes, ends)]
     kept = [row for row, (a, b) in zip(rows, stretches) if not {a % 20, b % 20} & {1} and len(row) > 1]
     a, b = sft.stored_posts(r, "pretrain")
     assert list(a) == queries + [row[:1] for row in kept] and list(b) == responses + [row[1:] for row in kept]
