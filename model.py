@@ -608,7 +608,7 @@ class GPT(nn.Module):
         `static` is for GPUs and on there: every step has the same shapes and is replayed as one CUDA graph; otherwise rows that
         are done are dropped, as suits a CPU. How it is done: Sampler.
         """
-        (B, Q), R = tokens.shape, max_new_tokens
+        Q, R = tokens.shape[1], max_new_tokens
         if Q + R > self.config.n_positions:
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {self.config.n_positions} positions")
         static = self.device.type == "cuda" if static is None else static
