@@ -423,7 +423,7 @@ def load_sst2(path):
 def post_key(info):
     """What makes two comparisons share a post: its id, or its text where there is no id or but a row's number, which says nothing."""
     id = str(info.get("id") or "")
-    return id if id and not id.isdecimal() else info["title"] + "\n" + info["post"]
+    return id if id and not id.isdecimal() else info.get("title", "") + "\n" + info.get("post", "")
 
 
 def names_of(post):

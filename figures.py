@@ -227,7 +227,7 @@ def caption_axes(measured):
             + ", ".join(f"{gain[axis]:+.2f} in {axis}" for axis in AXES)
             + f"; overall marks of 6.5 and more: PPO {rows['ppo']['overall_at_least_6_5']:.0%}, SFT "
             f"{rows['sft']['overall_at_least_6_5']:.0%}, reference {rows['reference']['overall_at_least_6_5']:.0%} (the paper's 7 of 7: "
-            f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % bootstrap over "
+            f"45 %, 20 %, 23 %). The gold judge's marks, {facts['posts']} posts, {facts['seeds']} seeds, 95 % over "
             f"{probes.over(facts)}. SFT's accuracy, {rows['sft']['accuracy']:.2f}, and coherence, {rows['sft']['coherence']:.2f}, say how "
             "much there was to gain: who writes the world's own sentences is coherent to the judge.")
 

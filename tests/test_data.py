@@ -363,7 +363,7 @@ def test_comparisons_of_every_kind(tmp_path):
     assert len(kept) == 5 and skipped == 2
     assert [c["info"].get("task") for c in kept] == ["cnndm-transfer", "cnndm-transfer", None, None, None]
     assert data.query_text(kept[0]["info"]) == data.query_text(kept[1]["info"]) == "A cat ran away.\n\nIt came back, she said.\n\nTL;DR:"
-    assert data.query_text(kept[3]["info"]).startswith("SUBREDDIT: r/advice\n") and data.post_key(kept[3]["info"]) == "5"
+    assert data.query_text(kept[3]["info"]).startswith("SUBREDDIT: r/advice\n") and kept[3]["info"]["id"] == "5"
     assert (kept[4]["worker"], kept[4]["batch"], kept[4]["extra"]) == (None, "3", {"confidence": None})
     data.save_json_lines(tmp_path / "again", kept)
     assert data.load_comparisons(str(tmp_path / "again"))[0] == kept

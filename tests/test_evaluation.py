@@ -90,7 +90,7 @@ def test_one_post_has_no_interval():
     assert bootstrap_ci([.3, .4], ["a", "b"]) == [.3, .4] and length_controlled_ci([1, 1], [.2, .2]) is not None
     low, high = bootstrap_ci([1.])  # a choice: Wilson's for 1 of 1
     assert .2 < low < .21 and high == pytest.approx(1)
-    rows = [axis_row("a", str(i), overall=1, compatible=True) for i in range(9)]  # 1 of 7 is no choice
+    rows = [axis_row("a", f"t3_{i}", overall=1, compatible=True) for i in range(9)]  # 1 of 7 is no choice
     assert (axes := evaluation.axis_means(rows)["a"])["overall"]["ci"] == [1, 1] and .6 < axes["compatible"]["ci"][0] < .8
     assert [evaluation.with_interval(x, ".1f") for x in (None, (2., None), (2., [1., 3.]))] == ["–", "2.0 (–)", "2.0 (1.0 – 3.0)"]
     row = evaluation.table_rows(measure_policies(policy_rows(lambda i, p: {"text": "cat"}, n=1)))[1][0]
@@ -569,7 +569,7 @@ def test_articles_and_axes_from_files(small_run, tmp_path, monkeypatch, capsys):
     assert "2 posts as cnndm-transfer" in out and out.count(" – ") >= 12 and [w for w in ("lead-3", "SFT", "PPO") if w not in out] == []
     rows = [json.loads(line) for line in open(small_run + "/evaluation/cnn-cnndm-transfer.jsonl")]
     assert rows[1]["policies"]["lead3"]["text"] == "A cat ate my dog. Bad." and rows[0]["post"]["task"] == "cnndm-transfer"
-    save_json_lines(tmp_path / "axis.json", [{"info": {"id": str(i), "subreddit": "x", "title": "t", "post": "p"}, "summary": {
+    save_json_lines(tmp_path / "axis.json", [{"info": {"id": f"t3_{i}", "subreddit": "x", "title": "t", "post": "p"}, "summary": {
         "text": "x", "policy": "sup", "axes": {"overall": 3 + i, "accuracy": None}}} for i in range(3)])
     evaluate(monkeypatch, small_run, "--axis", tmp_path / "axis.json")
     assert "sup     3  4.00 (3.00 – 5.00)" in capsys.readouterr().out

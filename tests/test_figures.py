@@ -123,9 +123,9 @@ def test_captions_say_what_the_tables_say(lab, name, table, keys):
     measured = json.loads((lab / f"{name}.json").read_text())
     for what in ("seeds", "posts"):
         assert f"{measured['facts'][what]} {what}" in figure.caption(measured)
-    assert not re.search(r"bootstrap over posts and[a-zA-Z, ]* seeds", figure.caption(measured))  # there is one
+    assert not re.search(r"95 % over posts and[a-zA-Z,' ]* seeds", figure.caption(measured))  # there is one
     more = figure.caption({**measured, "facts": {**measured["facts"], "seeds": 3}})
-    assert re.search(r"bootstrap over posts and[a-zA-Z, ]* seeds", more)
+    assert re.search(r"95 % over posts and[a-zA-Z,' ]* seeds", more)
     for key, form in keys.items():
         rng = random.Random(0)
         for row in measured["tables"][table]:

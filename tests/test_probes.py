@@ -346,6 +346,6 @@ def test_captions_find_what_was_measured():
         return probes.caption_ladder({"tables": {"elo": rows, "agreement": []}, "facts": {"posts": 4, "seeds": seeds}})
     assert "is 40 points by the gold judge and 30 by labelers, whose noise makes games more even. Right" in ladder(15)
     assert "is 40 points by the gold judge and 50 by labelers. Right" in ladder(25)
-    assert "4 posts, 2 seeds" in ladder(9) and "intervals over posts and seeds;" in ladder(9)
+    assert "4 posts, 2 seeds" in ladder(9) and "intervals over posts and, by Student's t, seeds;" in ladder(9)
     assert "4 posts, 1 seed of" in ladder(9, 1) and "intervals over posts;" in ladder(9, 1)
     assert all("reference" in probes.RIVALS[name] for name in ("preferred", "most-preferred"))  # their pairs hold references too
