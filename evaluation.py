@@ -635,7 +635,8 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
     out = [f"# Report of a run: preset {settings['preset']}, seed {settings['seed']}", "",
            f"Win rates are against the reference of the same held-out post ({n} posts, ties count one half), "
            f"{'samples at the rollout temperature' if policies.get('lead3') is None else 'greedy decoding'}; "
-           "best of n takes the reward model's favourite of n samples. KL is from the SFT model, at the rollout temperature."
+           "best of n takes the reward model's favourite of n samples of SFT, the first of which is SFT (sampled). KL is from the SFT model, at "
+           "the rollout temperature. Intervals are over posts, for these very policies: training once more with another seed moves a rate by more."
            + (" ROUGE is F1 against the whole reference, by rouge-score with its stemmer; 95 % intervals." if "ROUGE-1" in header else "")
            + ("" if "in_context" in policies or policies.get("lead3") is None else " The zero-shot baseline with examples in its context "
               "is left out: in front of some post the language model's context has no room for one."),
