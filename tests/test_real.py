@@ -117,7 +117,7 @@ def test_a_files_own_split_counts(own, kept):
         row["split"] = name
     real.split_comparisons_by_post(rows, [], random.Random(1))
     held_out = [i for i, row in enumerate(rows) if row["split"] == "valid"]
-    assert (held_out == [6, 7, 8, 9]) == kept and 0 < len(held_out) < 10
+    assert (held_out == [6, 7, 8, 9]) == kept and 0 < len(held_out) < 10 and held_out != [4, 5, 6, 7]
     assert not {rows[i]["info"]["post"] for i in held_out} & {row["info"]["post"] for row in rows if row["split"] == "train"}
     real.split_comparisons_by_post(rows, [post(0)], random.Random(1))
     assert rows[0]["split"] == "valid"
