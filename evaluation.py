@@ -504,7 +504,7 @@ HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "heal
 
 def trained_by(config):
     """Of a run's configuration what its training depends on, but the seed: its files, and the settings less those of testing."""
-    settings = {stage: {key: value for key, value in part.items() if key != "held_out_posts"}
+    settings = {stage: {key: value for key, value in part.items() if key not in ("held_out_posts", "test")}
                 for stage, part in config["settings"].items() if stage != "evaluation"}
     return {key: value for key, value in config.items() if value is not None and key not in ("preset", "seed", "base", "versions")} | {
         "settings": settings}
