@@ -610,11 +610,11 @@ def caption_curves(measured):
 
 FIGURES = [
     Figure("preference", "Preference over the references by model size (Stiennon 2020, figure 1)", measure_preference, draw_preference,
-           caption_preference, 9),
+           caption_preference, 11),
     Figure("axes", "Quality by axis (Stiennon 2020, figure 3)", measure_axes, draw_axes, caption_axes, 0.2),
     Figure("transfer", "Transfer to another world (Stiennon 2020, figure 4)", measure_transfer, draw_transfer, caption_transfer, 5),
     Figure("overoptimization", "Over-optimisation of the reward model (Stiennon 2020, figure 5; Gao 2022, figure 1)",
-           measure_overoptimization, draw_overoptimization, caption_overoptimization, 7),
+           measure_overoptimization, draw_overoptimization, caption_overoptimization, 4.5),
     Figure("reward_scaling", "Reward models by data and by size (Stiennon 2020, figure 6)", measure_reward_scaling, draw_reward_scaling,
            caption_reward_scaling, 4),
     Figure("best_of_n", "Best of n by reward models and by ROUGE (Stiennon 2020, figure 7)", measure_best_of_n, draw_best_of_n,
@@ -624,11 +624,11 @@ FIGURES = [
     Figure("agreement", "Who agrees with whom (Stiennon 2020, tables 20 and 22)", probes.measure_agreement, probes.draw_agreement,
            probes.caption_agreement, 1),
     Figure("copying", "Novelty, accuracy and where summaries copy from (Ziegler 2019, tables and pictures of copying)", probes.measure_copying,
-           probes.draw_copying, probes.caption_copying, 11),
+           probes.draw_copying, probes.caption_copying, 13),
     Figure("critics", "The same labels without PPO, and judges who did not train it (asked by critics; InstructGPT 2022, section 4.1)",
-           probes.measure_critics, probes.draw_critics, probes.caption_critics, 3),
+           probes.measure_critics, probes.draw_critics, probes.caption_critics, 4),
     Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
-           probes.draw_ladder, probes.caption_ladder, 1),
+           probes.draw_ladder, probes.caption_ladder, 1.7),
     Figure("curves", "PPO's curves when all is well (default preset)", measure_curves, draw_healthy, caption_curves, 0.1),
 ]
 
