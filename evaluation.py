@@ -188,13 +188,13 @@ def sentence_novelty(summary, source):
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def rouge(summaries, references, kinds=ROUGE, stem=True):
+def rouge(summaries, references, kinds=ROUGE):
     """F1 of as many summaries as references, by rouge-score. -> [N, kinds]
 
     Lower case, Porter's stemmer, letters a to z and digits only, as this field reports it (ROUGE-1.5.5 -m). rougeL takes the whole text
     for one sentence; rougeLsum (summary-level, papers on CNN/DM mean it by ROUGE-L) for a sentence a line."""
     from rouge_score.rouge_scorer import RougeScorer  # nltk comes with it: slow to import, and not every run has use for it
-    scorer = RougeScorer(list(kinds), use_stemmer=stem)
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
     pairs = tqdm(list(zip(summaries, references, strict=True)), desc="ROUGE", unit="text", leave=False, delay=2)
     return np.array([[s[kind].fmeasure for kind in kinds] for text, reference in pairs for s in [scorer.score(reference, text)]])
 
