@@ -3,6 +3,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from conftest import random_rows, tiny_model
 from safetensors.numpy import load_file
 
 import download
+import model
 from data import DataError, pad_rows
 from model import GPT, Sampler, attention, attention_in_parts, logits, plain_attention, read_config
 from sft import load_model
@@ -639,3 +642,31 @@ def test_what_transformers_saves(tmp_path, g, kind, dtype):
             h = (theirs if kind == "GPT2Model" else theirs.transformer)(tokens).last_hidden_state
             for head in ("lm", "scalar"):
                 torch.testing.assert_close(GPT.from_pretrained(tmp_path, head).hidden(tokens), h, atol=1e-4, rtol=0)
+
+
+# --- memory
+
+
+FAULTS = """
+import resource, sys, torch
+import model
+if sys.argv[1] == "keep":
+    assert model.keep_freed_memory()
+torch.set_num_threads(1)
+def step():  # blocks above and below 32 MB, where the C library's own rules differ
+    return sum(float(torch.zeros(n).sum()) for n in (2**24, 2**22, 2**24))
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not model.keep_freed_memory(), reason="not the C library of Linux")
+def test_freed_memory_is_not_asked_for_again():
+    """Page faults of eight steps that allocate 144 MB each: as many as the memory has pages, eight times over, or next to none."""
+    faults = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=os.path.dirname(model.__file__), check=True,
+                                      capture_output=True, text=True).stdout) for how in ("keep", "as it is")}
+    assert faults["keep"] < 100 < 8 * 1024 < faults["as it is"]

@@ -40,6 +40,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
      "dropping_finished_rows_changes_nothing"),
     ("model", "self.position.add_(1)", "self.position = self.position + 1", "a_step_works_in_place"),
     ("model", "if ctx.kept is None else ctx.kept", "if ctx.kept is None else ctx.kept * 0", "log_pi_and_its_gradient_are_those_of_a_log_softmax"),
+    ("model", "mallopt(M_MMAP_MAX, 0)", "mallopt(M_MMAP_MAX, 65536)", "freed_memory_is_not_asked_for_again"),
     ("reward", "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)", "pairwise_loss_by_hand_and_sign"),
     ("reward", "return F.cross_entropy(scores, best)", "return -F.cross_entropy(scores, best)", "best_of_loss_by_hand_and_gradient"),
     ("reward", "ranks[:, :, None] < ranks[:, None, :]", "ranks[:, :, None] > ranks[:, None, :]", "kwise_loss_by_hand"),
