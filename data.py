@@ -21,6 +21,7 @@ from collections import Counter, defaultdict, namedtuple
 import regex
 import tiktoken
 import torch
+from filelock import FileLock
 
 from download import DataError, fetch
 
@@ -101,6 +102,12 @@ def write_atomic(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def one_at_a_time(path):
+    """A lock: of two processes that would make `path` the second waits, and finds it made. A process that ends lets go."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return FileLock(path + ".lock")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

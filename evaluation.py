@@ -784,10 +784,9 @@ def task_of(run):
     return run.config["settings"]["data"].get("task", "tldr")
 
 
-def trained_posts(run):
-    """Every post that the run's models were trained on, with a summary, as a prompt, or in a comparison."""
-    posts = [p for split in ("pretrain", "sft", "prompts") if os.path.exists(os.path.join(run.folder, "data", split + ".jsonl"))
-             for p in run.posts[split]]
+def trained_posts(run, splits=("pretrain", "sft", "prompts")):
+    """Every post that the run's models were trained on, with a summary, as a prompt of PPO, or in a comparison."""
+    posts = [p for split in splits if os.path.exists(os.path.join(run.folder, "data", split + ".jsonl")) for p in run.posts[split]]
     comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
     return posts + [c["info"] for c in comparisons if c["split"] == "train"]
 
@@ -841,20 +840,18 @@ def judge_axes(folder, file):
     show_table(folder, f"{stem(file)}-axes", ["policy", "n", *names], rows)
 
 
-def unseen_comparisons(comparisons, seen, posts):
-    """Those of posts that were not trained on, neither as `posts` nor by a comparison in `seen`: neither the same id nor the same text, be
-    it by way of others."""
-    names = same_posts([c["info"] for c in comparisons] + [c["info"] for c in seen if c.get("split") == "train"] + posts)
-    trained = set(names[len(comparisons):])
-    return [c for c, name in zip(comparisons, names) if name not in trained]
+def unseen_comparisons(comparisons, trained):
+    """Those of other posts than the trained ones: neither the same id nor the same text, be it by way of others."""
+    names = same_posts([c["info"] for c in comparisons] + trained)
+    seen = set(names[len(comparisons):])
+    return [c for c, name in zip(comparisons, names) if name not in seen]
 
 
 def judge_comparisons(folder, file, task, device):
     """How far the run's reward model agrees with a file of human comparisons: table by confidence, report/FILE-agreement.csv."""
     run = open_run(folder)
     every, _ = load_comparisons(file, task or task_of(run))
-    comparisons = unseen_comparisons(every, load_comparisons(os.path.join(folder, "comparisons.jsonl"))[0],
-                                     run.posts["pretrain"] + run.posts["sft"])
+    comparisons = unseen_comparisons(every, trained_posts(run, ("pretrain", "sft")))  # a reward model never met PPO's prompts
     if not comparisons:
         raise DataError(f"{file}: the run {folder} has trained its reward model on every post of these comparisons; take others")
     for c in comparisons:

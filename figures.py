@@ -7,7 +7,8 @@ Every figure of the papers on the embedded world, with error bars, from one comm
 
 A figure is measured (NAME.json, and NAME-TABLE.csv of each table), then drawn from what was measured alone (NAME.png). What is
 measured already is not measured again. One pretrained and one SFT model per model size serve all; seeds vary what comes after:
-comparisons, reward model, PPO. Every model lies in a run's folder under runs/, as `python run.py` leaves it.
+comparisons, reward model, PPO. Every model lies in a run's folder under runs/, as `python run.py` leaves it. On a CPU two figures are
+measured at a time, in processes of their own with half the threads: small models leave much of a second core idle.
 
 References: Stiennon 2020 §4 and appendix G; Gao, Schulman & Hilton 2022 (functional forms of over-optimisation).
 """
@@ -17,10 +18,12 @@ import dataclasses
 import html
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from types import SimpleNamespace
 
@@ -30,7 +33,7 @@ from safetensors import safe_open
 
 import probes
 import world
-from data import DataError, decode_response, encode_query, encode_response, save_json_lines, write_atomic
+from data import DataError, decode_response, encode_query, encode_response, one_at_a_time, save_json_lines, write_atomic
 from estimate import show_time
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, RED, bar, best_of_n_estimate, best_of_n_kl, crossed_ci,
                         draw_curves, greedy_texts, lead3, length_controlled_win_rate, markdown_table, new_figure, once, read_samples, reward_margins,
@@ -52,17 +55,19 @@ FULL = {"collect.held_out_posts": 250, "data.test": 300, "evaluation.best_of": 1
 # ---------------------------------------------------------------------------------------------------------------------
 # the laboratory: runs that the figures share
 
-def make_lab(out, seeds=(1, 2, 3), quick=False, preset_name="tiny", device="auto", given=None):
+def make_lab(out, seeds=(1, 2, 3), quick=False, preset_name="tiny", device="auto", given=None, jobs=1):
     """What a measure() is given. Its three functions return the folder of a run, made when first asked for.
 
         lab.base(size, **changes)               data, pretrained and SFT model
         lab.labelled(seed, size, **changes)     and comparisons and reward model
         lab.finished(seed, size, **changes)     and PPO and evaluation/samples.jsonl (until="ppo": without)
 
-    size: one of SIZES; changes: settings such as **{"ppo.beta": 0.1}. given: a run that the default size's base takes stages from."""
+    size: one of SIZES; changes: settings such as **{"ppo.beta": 0.1}. given: a run that the default size's base takes stages from.
+    jobs: figures measured at a time."""
+    options = {"out": out, "seeds": list(seeds), "quick": quick, "preset_name": preset_name, "device": device, "given": given}
     changes = {} if preset_name == "test" else QUICK if quick else FULL
     lab = SimpleNamespace(out=out, seeds=list(seeds), quick=quick, preset=preset_name, device=device, changes=changes,
-                          given=given, made=set())
+                          given=given, made=set(), jobs=jobs, options=options)
     lab.base, lab.labelled, lab.finished = (partial(f, lab) for f in (base, labelled, finished))
     return lab
 
@@ -81,7 +86,8 @@ def make(lab, name, until, seed, size, changes, base=None):
     if (folder, until) in lab.made:
         return folder
     began = time.time()
-    run_pipeline(lab_settings(lab, size, changes), seed, folder, lab.preset, base, device=lab.device, until=until)
+    with one_at_a_time(folder):
+        run_pipeline(lab_settings(lab, size, changes), seed, folder, lab.preset, base, device=lab.device, until=until)
     if time.time() - began > 2:
         say(f"    {name} up to {until}: {time.time() - began:.0f} s")
     lab.made.add((folder, until))
@@ -321,7 +327,9 @@ def many_samples(lab, posts):
         responses = sample_responses(policy, queries, run.R, temperature, torch.Generator().manual_seed(0), n)
         flat = [decode_response(run.enc, r) for r in responses]
         return [flat[i * n:(i + 1) * n] for i in range(len(posts))]
-    return once(os.path.join(lab.out, "runs", f"default-{len(posts)}x{n}.json"), texts)
+    file = os.path.join(lab.out, "runs", f"default-{len(posts)}x{n}.json")
+    with one_at_a_time(file):
+        return once(file, texts)
 
 
 def score_samples(run, folder, posts, texts, device):
@@ -747,6 +755,7 @@ def command(argv):
                         "its seed must be the first of --seeds")
     parser.add_argument("--preset", choices=("tiny", "test"), default="tiny", help="preset of the runs; test is for tests")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--jobs", type=int, help="figures measured at a time (default 2 on a CPU of two cores and more, else 1)")
     args = parser.parse_args(argv)
     known = {figure.name: figure for figure in FIGURES}
     for name in args.names:
@@ -761,36 +770,81 @@ def command(argv):
         if seed != seeds[0]:  # the other sizes' posts and tokens are those of the first seed
             raise DataError(f"--base {args.base} is a run of seed {seed} and the first of --seeds is {seeds[0]}: the model sizes would not "
                             "share posts and tokenizer; name a run of that seed, or this seed first")
+    if args.jobs is not None and args.jobs < 1:
+        raise DataError(f"--jobs must be 1 or more, found {args.jobs}")
+    jobs = args.jobs or (2 if pick_device(args.device) == "cpu" and torch.get_num_threads() > 1 else 1)
     out = args.out or os.path.join("out", "figures-quick" if args.quick else "figures")
     open_lab_folder(out, {"preset": args.preset, "quick": args.quick, "seeds": seeds})
-    draw_all(make_lab(out, seeds, args.quick, args.preset, args.device, args.base), [known[name] for name in args.names or known])
+    draw_all(make_lab(out, seeds, args.quick, args.preset, args.device, args.base, jobs), [known[name] for name in args.names or known])
+
+
+def measure(lab, figure):
+    """Measure a figure and keep what was found. What its stages print goes to NAME.log."""
+    say(f"{figure.name}: {figure.title}")
+    began = time.time()
+    with stages_into(os.path.join(lab.out, figure.name + ".log")):
+        measured = figure.measure(lab)
+    measured["seconds"] = time.time() - began
+    write_atomic(os.path.join(lab.out, figure.name + ".json"), json.dumps(measured, indent=1))
+    return measured
+
+
+def measure_named(options, name, threads):
+    """measure() in a process of its own."""
+    torch.set_num_threads(threads)
+    return measure(make_lab(**options), next(figure for figure in FIGURES if figure.name == name))
+
+
+def measure_all(lab, figures):
+    """(figure, measured) of each, as they come: in turn, or lab.jobs at a time, the longest first. One that fails does not stop others."""
+    if lab.jobs == 1:
+        for figure in figures:
+            yield figure, measure(lab, figure)
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # of the other processes; their bars would write over each other
+    failed = None
+    with ProcessPoolExecutor(lab.jobs, multiprocessing.get_context("spawn")) as pool:
+        try:
+            threads = max(1, torch.get_num_threads() // lab.jobs)
+            waiting = {pool.submit(measure_named, lab.options, figure.name, threads): figure
+                       for figure in sorted(figures, key=lambda figure: -figure.minutes)}
+            for future in as_completed(waiting):
+                failed = failed or future.exception()
+                if future.exception() is None:
+                    yield waiting[future], future.result()
+        except BaseException:  # Ctrl-C: nobody waits for figures that are half measured
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            del os.environ["TQDM_DISABLE"]
+    if failed:
+        raise failed
 
 
 def draw_all(lab, figures):
     """Measure what is not measured yet, draw, and write the report of every figure that the folder holds."""
-    left = sum(f.minutes for f in figures if load_measured(lab.out, f.name) is None)
-    spent, planned = 0.0, 0.0
-    for number, figure in enumerate(figures, 1):
-        measured = load_measured(lab.out, figure.name)
-        if measured is None:
-            pace = spent / planned if planned else 60 * (0.2 if lab.quick else 1)
-            say(f"[{number}/{len(figures)}] {figure.name}: {figure.title}; about {show_time(left * pace)} for all that is left")
-            began = time.time()
-            with stages_into(os.path.join(lab.out, "log.txt")):
-                measured = figure.measure(lab)
-            measured["seconds"] = time.time() - began
-            write_atomic(os.path.join(lab.out, figure.name + ".json"), json.dumps(measured, indent=1))
-            spent, planned, left = spent + measured["seconds"], planned + figure.minutes, left - figure.minutes
+    todo, began = [], time.time()
+    for figure in figures:
+        if (measured := load_measured(lab.out, figure.name)) is None:
+            todo.append(figure)
         else:
-            say(f"[{number}/{len(figures)}] {figure.name}: measured before, {figure.name}.json")
+            say(f"{figure.name}: measured before, {figure.name}.json")
+            save_drawn(lab.out, figure, measured)
+    left, planned = sum(figure.minutes for figure in todo), 0.0
+    if todo:
+        say(f"{len(todo)} to measure, about {show_time(60 * left * (0.2 if lab.quick else 1))} on two cores")
+    for number, (figure, measured) in enumerate(measure_all(lab, todo), 1):
+        planned, left = planned + figure.minutes, left - figure.minutes
         save_drawn(lab.out, figure, measured)
-        say("    " + figure.caption(measured))
+        more = f"; about {show_time(left * (time.time() - began) / planned)} for the others" if left > 0.01 else ""
+        say(f"[{number}/{len(todo)}] {figure.name} in {show_time(measured['seconds'])}{more}\n    {figure.caption(measured)}")
     done = [(f, m) for f in FIGURES for m in [load_measured(lab.out, f.name)] if m]
     for figure, measured in done:
         if not os.path.exists(os.path.join(lab.out, figure.name + ".png")):  # an earlier command was stopped between the two
             save_drawn(lab.out, figure, measured)
     report(lab.out, done)
-    say(f"report in {os.path.join(lab.out, 'report.html')}, {show_time(spent)}")
+    say(f"report in {os.path.join(lab.out, 'report.html')}, {show_time(time.time() - began)}")
 
 
 def main(argv):

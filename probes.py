@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import world
-from data import decode_response, encode_query, encode_response, load_comparisons, pad_rows, post_key
+from data import decode_response, encode_query, encode_response, load_comparisons, one_at_a_time, pad_rows, post_key
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, copy_fraction, crossed_ci, elo, greedy_texts, lead3,
                         new_figure, read_samples, rouge, save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
@@ -385,12 +385,13 @@ def best_samples(run, policy, reward_model, posts, temperature, n, generator):
 
 def train_supervised(run, rows, out, device, epochs=1):
     """The SFT model trained on by SFT's own recipe on rows() = [(post, text)]. -> the model; what lies in `out` is not trained again"""
-    if not os.path.exists(os.path.join(out, "model.safetensors")):
-        posts, texts = zip(*rows())
-        data = [encode_query(run.enc, p, run.Q) for p in posts], [encode_response(run.enc, t, run.R) for t in texts]
-        settings = SFTSettings(**run.config["settings"]["sft"] | {"choose": "last", "epochs": epochs})
-        sft, first = load_model(os.path.join(run.folder, "sft"), device), [x[:100] for x in data]
-        train_lm(sft, data, first, settings, out, run.config["seed"], name="supervised")
+    with one_at_a_time(out):
+        if not os.path.exists(os.path.join(out, "model.safetensors")):
+            posts, texts = zip(*rows())
+            data = [encode_query(run.enc, p, run.Q) for p in posts], [encode_response(run.enc, t, run.R) for t in texts]
+            settings = SFTSettings(**run.config["settings"]["sft"] | {"choose": "last", "epochs": epochs})
+            sft, first = load_model(os.path.join(run.folder, "sft"), device), [x[:100] for x in data]
+            train_lm(sft, data, first, settings, out, run.config["seed"], name="supervised")
     return load_model(out, device)
 
 

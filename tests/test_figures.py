@@ -90,7 +90,7 @@ FIGURES = [figure for figure in figures.FIGURES if figure.name in MINE]
 def lab(tmp_path_factory):
     """The figures on the test preset, one seed."""
     out = tmp_path_factory.mktemp("figures") / "out"
-    figures.command([*MINE, "--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu"])
+    figures.command([*MINE, "--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu", "--jobs", "1"])
     return out
 
 
@@ -179,7 +179,7 @@ def test_a_stop_before_the_picture(tmp_path, monkeypatch):
     mine = [figures.Figure(name, name, lambda lab, stop=stop: {"tables": {"t": [{"x": 1}]}, "facts": {"stop": stop}}, draw,
                            lambda measured: "caption", 1) for name, stop in (("one", True), ("two", False))]
     monkeypatch.setattr(figures, "FIGURES", mine)
-    lab = SimpleNamespace(out=str(tmp_path), quick=True)
+    lab = SimpleNamespace(out=str(tmp_path), quick=True, jobs=1)
     with pytest.raises(KeyboardInterrupt):
         figures.draw_all(lab, mine[:1])
     assert (tmp_path / "one.json").exists() and not (tmp_path / "one.png").exists()
@@ -187,6 +187,19 @@ def test_a_stop_before_the_picture(tmp_path, monkeypatch):
     figures.draw_all(lab, mine[1:])
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes() == b"\x89PNG whole"
     assert (tmp_path / "one-t.csv").exists() and (tmp_path / "report.html").read_text().count("data:image/png") == 2
+
+
+def test_two_figures_at_a_time(lab, tmp_path):
+    """Catches a run that two figures make at once (both ask for the same), and a failure that takes others with it: the transfer figure
+    finds a stranger's folder where its base should be."""
+    stranger = tmp_path / "runs" / "medium-data.news=0.25"
+    shutil.copytree(lab / "runs" / "small", stranger)
+    with pytest.raises(DataError, match="medium-data.news=0.25"):
+        figures.command(["axes", "curves", "transfer", "--preset", "test", "--seeds", "1", "--out", str(tmp_path), "--base",
+                         str(lab / "runs" / "default"), "--device", "cpu", "--jobs", "2"])
+    log = (tmp_path / "axes.log").read_text() + (tmp_path / "curves.log").read_text()
+    assert log.count("] ppo: PPO") == log.count("] evaluation: Summaries") == 1 and log.count("] ppo: done before") == 1
+    assert (tmp_path / "axes.png").exists() and (tmp_path / "curves.png").exists() and not (tmp_path / "transfer.json").exists()
 
 
 def test_one_base_and_seeds_above_it(lab):
@@ -200,7 +213,7 @@ def test_one_base_and_seeds_above_it(lab):
 
 
 def test_bad_options_are_one_sentence(lab, tmp_path):
-    for argv, says in ((["nothing"], "no figure 'nothing'"), (["--seeds", "a"], "whole numbers"),
+    for argv, says in ((["nothing"], "no figure 'nothing'"), (["--seeds", "a"], "whole numbers"), (["--jobs", "0"], "1 or more"),
                        (["--out", str(lab), "--preset", "test", "--seeds", "2"], "was made with seeds")):
         with pytest.raises(DataError, match=says):
             figures.command(argv + ([] if "--out" in argv else ["--out", str(tmp_path / "x")]))

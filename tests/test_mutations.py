@@ -203,8 +203,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("evaluation", "load_fitting(policy_folder, run, device)", "load_model(policy_folder, device)", "a_policy_of_another_run_is_refused"),
     ("evaluation", 'bootstrap_ci(*zip(*of), ', 'bootstrap_ci([x for x, _ in of], ', "axis_means_by_hand"),
     ("evaluation", "names[len(comparisons):]", "names[len(comparisons) + 1:]", "comparisons_of_posts_that_were_trained_on_are_left_out"),
-    ("evaluation", ' == "train"] + posts)', ' == "train"])', "comparisons_of_posts_that_were_trained_on_are_left_out"),
-    ("evaluation", 'in seen if c.get("split") == "train"]', 'in seen]', "comparisons_of_posts_that_were_trained_on_are_left_out"),
+    ("evaluation", "for c in comparisons] + trained)", "for c in comparisons])", "comparisons_of_posts_that_were_trained_on_are_left_out"),
     ("evaluation", 'if r["confidence"] == b["confidence"]]', "]", "agreement_with_a_file_is_counted_one_by_one"),
     ("ppo", "(iteration + 1) % s.snapshots == 0", "iteration % s.snapshots == 0", "snapshots_are_the_policy_along_the_way"),
     # figures.py
@@ -220,6 +219,9 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("figures", 'max(ppo, key=lambda r: r["gold"])', 'min(ppo, key=lambda r: r["gold"])', "where_the_curve_turns"),
     ("world", "unaccounted = read(summary, world_of(post))", "unaccounted = read(summary)", "news_are_another_world"),
     ("run", 'run.posts["collect"][:s.posts]', 'run.posts["collect"]', "pipeline::a_run_may_end_early_and_compare_fewer_posts_than_its_base"),
+    ("figures", "with one_at_a_time(folder):", "if True:", "two_figures_at_a_time"),
+    ("figures", "failed = failed or future.exception()", "failed = None", "two_figures_at_a_time"),
+    ("figures", "if future.exception() is None:", "if failed is None:", "two_figures_at_a_time"),
     # probes.py
     ("probes", "labeler.worth(post, a, w) - labeler.worth(post, b, w)", "labeler.worth(post, b, w) - labeler.worth(post, a, w)",
      "preference_is_what_labelers_do"),
