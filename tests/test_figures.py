@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import Timeout
 
 import evaluation
 import figures
 import world
-from data import DataError
+from data import DataError, one_at_a_time
 from evaluation import crossed_ci
 from run import preset
 
@@ -189,9 +190,22 @@ def test_a_stop_before_the_picture(tmp_path, monkeypatch):
     assert (tmp_path / "one-t.csv").exists() and (tmp_path / "report.html").read_text().count("data:image/png") == 2
 
 
+def test_a_run_is_made_by_one_process(tmp_path, monkeypatch):
+    """Catches a run made without its lock: two figures that ask for the same would write into one folder."""
+    def pipeline(settings, seed, folder, *args, **more):
+        with pytest.raises(Timeout):
+            one_at_a_time(folder).acquire(timeout=0)
+        made.append(folder)
+    made = []
+    monkeypatch.setattr(figures, "run_pipeline", pipeline)
+    lab = figures.make_lab(str(tmp_path), preset_name="test")
+    assert made == [lab.base()]
+    one_at_a_time(made[0]).acquire(timeout=0)  # and lets go of it
+
+
 def test_two_figures_at_a_time(lab, tmp_path):
-    """Catches a run that two figures make at once (both ask for the same), and a failure that takes others with it: the transfer figure
-    finds a stranger's folder where its base should be."""
+    """Catches a run made twice for two figures, and a failure that takes others with it: the transfer figure finds a stranger's folder
+    where its base should be."""
     stranger = tmp_path / "runs" / "medium-data.news=0.25"
     shutil.copytree(lab / "runs" / "small", stranger)
     with pytest.raises(DataError, match="medium-data.news=0.25"):
