@@ -112,7 +112,11 @@ def labelled(lab, seed, size="default", **changes):
 
 
 def finished(lab, seed, size="default", until="evaluation", **changes):
-    below = labelled(lab, seed, size, **until_stages(changes, "model", "data", "pretrain", "sft", "collect", "reward"))
+    before = until_stages(changes, "model", "data", "pretrain", "sft")
+    if "collect.rounds" in changes:  # PPO's samples are labelled too: nobody shares these labels
+        below = base(lab, size, **before)
+    else:
+        below = labelled(lab, seed, size, **before, **until_stages(changes, "collect", "reward"))
     return make(lab, f"{size}-seed{seed}-ppo", until, seed, size, changes, below)
 
 

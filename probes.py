@@ -503,16 +503,18 @@ def measure_agreement(lab):
 
 
 COPY_BIAS = 30.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
-# For honest labelers too: a model that writes what stands in no post samples little else. A reward model sees in its later passes what is
-# copied; more iterations, warmer rollouts and a dearer KL let the policy find it before it settles on a phrase.
-LONGER = {"reward.epochs": 3, "ppo.iterations": 36, "ppo.minibatches": 4, "ppo.lr": 4e-4, "ppo.temperature": 1.0, "ppo.beta": 0.15}
+# For honest labelers too. In one round the reward model never meets what PPO makes of it, sentences that are nearly copied, and likes them best:
+# after labels on PPO's own samples it knows copies from paraphrases. It sees in its later passes what is copied; more steps, warmer
+# rollouts and a dearer KL let the policy find it before it settles on a phrase.
+LONGER = {"collect.rounds": 2, "reward.epochs": 3, "ppo.iterations": 24, "ppo.minibatches": 4, "ppo.lr": 4e-4, "ppo.temperature": 1.0,
+          "ppo.beta": 0.15}
 # An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
 # shown other samples (all of them at PPO's temperature, see run.mixture).
 UNSUPERVISED = {"sft.lr": 1e-12}
 
 
 def measure_copying(lab):
-    units, maps, device, seeds = [], defaultdict(list), pick_device(lab.device), lab.seeds[:1]  # one: each takes nine minutes
+    units, maps, device, seeds = [], defaultdict(list), pick_device(lab.device), lab.seeds[:1]  # one: its four runs take as long as any two other figures
     longer = {} if lab.quick or lab.preset == "test" else LONGER
     for seed in seeds:
         folders = {(start, labels): lab.finished(seed, until="ppo", **how, **bias, **longer)

@@ -203,6 +203,20 @@ def test_a_run_is_made_by_one_process(tmp_path, monkeypatch):
     one_at_a_time(made[0]).acquire(timeout=0)  # and lets go of it
 
 
+def test_what_a_run_stands_on(tmp_path, monkeypatch):
+    """Catches labels of PPO's samples taken over from a run whose PPO was another, and a language model or labels made twice."""
+    def pipeline(settings, seed, folder, name, base, **more):
+        made[os.path.basename(folder)] = os.path.basename(base or "")
+    made = {}
+    monkeypatch.setattr(figures, "run_pipeline", pipeline)
+    lab = figures.make_lab(str(tmp_path), preset_name="test")
+    lab.finished(2, **{"sft.lr": 1e-5, "collect.posts": 9, "ppo.beta": 0.1})
+    lab.finished(2, **{"collect.rounds": 2, "ppo.beta": 0.1})
+    assert made == {"default": "", "default-sft.lr=1e-05": "default", "default-seed2-collect.posts=9-sft.lr=1e-05": "default-sft.lr=1e-05",
+                    "default-seed2-ppo-collect.posts=9-ppo.beta=0.1-sft.lr=1e-05": "default-seed2-collect.posts=9-sft.lr=1e-05",
+                    "default-seed2-ppo-collect.rounds=2-ppo.beta=0.1": "default"}
+
+
 def test_two_figures_at_a_time(lab, tmp_path):
     """Catches a run made twice for two figures, and a failure that takes others with it: the transfer figure finds a stranger's folder
     where its base should be."""
