@@ -25,7 +25,7 @@ from data import DataError, write_atomic
 from evaluation import bootstrap_ci, greedy_texts, markdown_table, once, print_table, read_samples, reward_margins, save_csv, wins
 from reward import split_comparisons
 from run import preset, run_pipeline
-from sft import Parser, encode_posts, epoch_folder, evaluate_lm, load_model, open_run, pick_device, read_metrics
+from sft import Parser, encode_posts, epoch_folder, evaluate_lm, load_model, open_run, pick_device, read_metrics, seed_list
 
 
 class Ablation(NamedTuple):
@@ -38,8 +38,8 @@ class Ablation(NamedTuple):
 
 
 PTX = {"ppo.ptx_coef": 1.0, "ppo.ptx_ratio": 2}
-ADAPTIVE = {"ppo.kl": "adaptive", "ppo.batch": 8, "ppo.iterations": 96, "ppo.minibatches": 1, "ppo.lr": 1e-4,
-            "ppo.kl_horizon": 8}  # as many episodes as tiny's, and a horizon of 1 % of them
+SHORT = {"ppo.batch": 8, "ppo.iterations": 96, "ppo.minibatches": 1, "ppo.lr": 1e-4}  # as many episodes as tiny's, in shorter rollouts
+ADAPTIVE = {"ppo.kl": "adaptive", **SHORT, "ppo.kl_horizon": 8}  # a horizon of 1 % of the episodes
 
 ABLATIONS = [
     Ablation("value-network", "Stiennon 2020 G.1", "a value network of its own reaches a clearly higher reward than a shared one",
@@ -54,7 +54,7 @@ ABLATIONS = [
     Ablation("ptx", "InstructGPT 2022 §4.2, C.4", "the pretraining loss takes back what PPO loses on other text; raising β does not",
              [{**PTX, "ppo.ptx_coef": 0.25}, PTX, {"ppo.beta": 0.2}, {"ppo.beta": 0.4}], "pretraining"),
     Ablation("adaptive-kl", "Ziegler 2019 §2.2", "a proportional controller holds the KL at its target",
-             [{**ADAPTIVE, "ppo.kl_target": 3.0}], "kl"),
+             [SHORT, {**ADAPTIVE, "ppo.kl_target": 3.0}], "kl"),
     Ablation("exact-kl", "none: the papers sample the KL", "the exact KL of each state has less noise than that of one sample",
              [{"ppo.kl_reward": "exact"}]),
     Ablation("shuffled-pairs", "InstructGPT 2022 §3.5", "shuffled comparisons overfit in one pass; all of a prompt's in one step do not",
@@ -88,7 +88,7 @@ def steered_kl(folder, policy, device):
         return {}
     rows, s = read_metrics(os.path.join(folder, "ppo")), open_run(folder).config["settings"]["ppo"]
     kl = float(np.mean([row["kl"] for row in rows[-max(1, len(rows) // 5):]]))
-    target = {"over its target": kl / s["kl_target"]} if s["kl"] == "adaptive" else {}
+    target = {"KL / target": kl / s["kl_target"]} if s["kl"] == "adaptive" else {}
     return {"KL of the last fifth": kl, "last β": rows[-1]["beta"], **target}
 
 
@@ -269,10 +269,9 @@ def main(argv):
         for a in asked:
             print(f"{a.name}  ({a.source}: {a.found})", *(f"    {label(changes)}" for changes in a.arms), sep="\n")
         return
-    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
-        raise DataError(f"--seeds must be numbers with commas between them, such as 1,2,3, found {args.seeds!r}")
+    seeds = seed_list(args.seeds)
     out = args.out or os.path.join("out", "ablations-quick" if args.quick else "ablations")
-    runs = plan(asked, list(dict.fromkeys(map(int, args.seeds.split(",")))), out, args.quick)
+    runs = plan(asked, seeds, out, args.quick)
     todo = {folder: run for folder, run in runs.items() if not finished(folder, run[1])}
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done before")
     began = time.time()

@@ -205,7 +205,7 @@ def rouge_means(summaries, references, articles=False):
     kinds = (*ROUGE[:2], "rougeLsum") if articles else ROUGE
     if articles:
         summaries, references = (["\n".join(world.sentences(text)) for text in texts] for texts in (summaries, references))
-    return {kind: (float(np.mean(f)), bootstrap_ci(f)) for kind, f in zip(kinds, rouge(summaries, references, kinds).T)}
+    return {kind: (float(np.mean(f)), bootstrap_ci(f, choices=False)) for kind, f in zip(kinds, rouge(summaries, references, kinds).T)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,16 +257,16 @@ def reward_margins(model, groups, comparisons):
 
 
 def measure_reward(rows):
-    """Accuracy, its ceiling and its baseline; accuracy by labeler confidence; calibration. rows: of reward_margins."""
+    """Accuracy, that of the noise-free judge, and the baseline; accuracy by labeler confidence; calibration. rows: of reward_margins."""
     margin, posts = np.array([r["margin"] for r in rows]), [r["post"] for r in rows]
     right, longer = wins(margin, 0 * margin), np.array([r["longer_wins"] for r in rows])
     out = {"accuracy": float(right.mean()), "accuracy_ci": bootstrap_ci(right, posts), "n": len(rows),
            "longer_wins": float(longer.mean()), "longer_wins_ci": bootstrap_ci(longer, posts),
-           "labeler_ceiling": None, "gap_to_ceiling": None, "gap_to_ceiling_ci": None}
+           "noise_free_judge": None, "gap_to_judge": None, "gap_to_judge_ci": None}
     if all(r["gold_agrees"] is not None for r in rows):
         gold = np.array([r["gold_agrees"] for r in rows])
-        out |= {"labeler_ceiling": float(gold.mean()), "gap_to_ceiling": float((gold - right).mean()),
-                "gap_to_ceiling_ci": bootstrap_ci(gold - right, posts, choices=False)}
+        out |= {"noise_free_judge": float(gold.mean()), "gap_to_judge": float((gold - right).mean()),
+                "gap_to_judge_ci": bootstrap_ci(gold - right, posts, choices=False)}
     by_confidence = defaultdict(list)
     for r, ok in zip(rows, right):
         by_confidence[r["confidence"]].append(ok)
@@ -648,9 +648,9 @@ def report_text(settings, seconds, reward, policies, samples, bits=None, band=()
     out += ["", "![win rates](win_rates.png)", "", "## Reward model", "",
             f"It agrees with {show(reward['accuracy'])} of {reward['n']} labels on posts it has not seen (95 % interval "
             f"{reward['accuracy_ci'][0]:.1%} to {reward['accuracy_ci'][1]:.1%}). The longer summary is the preferred one in "
-            f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["labeler_ceiling"] is None else
-            f"; the noise-free judge agrees with {show(reward['labeler_ceiling'])}: with unbiased labelers that is the ceiling, which "
-            "their noise sets.")]
+            f"{show(reward['longer_wins'])}" + (", which is what a reward model has to beat." if reward["noise_free_judge"] is None else
+            f"; the noise-free judge agrees with {show(reward['noise_free_judge'])}: what the labelers' noise leaves him. Who also knew "
+            "their habits, which are not his, would agree a little more.")]
     if reward.get("mock"):
         out.append(mock_text(reward["mock"]) + " The table's log-odds and probability of positive are its, of excerpt and continuation.")
     if reward.get("labeler_agreement"):
@@ -746,7 +746,7 @@ def write_report(folder, seconds=None, peak_rss_mb=None):
     print_table(header, rows)
     if policies["ppo"]["gold_win_rate_sft"] is not None:
         print(over_sft(policies["ppo"]))
-    print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; ceiling {show(reward['labeler_ceiling'])}; "
+    print(f"reward model: {reward['accuracy']:.1%} of {reward['n']} held-out labels; noise-free judge {show(reward['noise_free_judge'])}; "
           f"longer wins {reward['longer_wins']:.1%}")
     memory = "" if peak_rss_mb is None else f", peak memory {peak_rss_mb:.0f} MB"
     print(f"{seconds['total']:.0f} s of stages{memory}; report in {os.path.join(report, 'report.md')}")

@@ -40,10 +40,10 @@ from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, R
                         rouge, sampled_kl, save_csv, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
-from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main
+from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main, seed_list
 
 # name; title with the paper's own number; measure(lab) -> {"tables": {table: [flat dict]}, "facts": {name: number}};
-# draw(measured, path) from that alone; caption(measured) -> text; minutes it takes of two cores once its bases are there
+# draw(measured, path) from that alone; caption(measured) -> text; minutes of a run of all, two at a time on two cores
 Figure = namedtuple("Figure", "name title measure draw caption minutes")
 
 SIZES = {"small": 0.5, "medium": 0.75, "default": 1.0}  # share of the preset's width and depth; nothing is larger, for time
@@ -484,7 +484,7 @@ def mean_se(values):
 
 
 def measure_reward_scaling(lab):
-    per_seed, ceiling, rows = [], [], []
+    per_seed, judge, rows = [], [], []
     most = lab_settings(lab, "default", {}).collect.posts
     parts = [most // 4 ** k for k in (3, 2, 1, 0) if most // 4 ** k >= 4]
     runs = {size: open_run(lab.base(size)) for size in SIZES}  # of one tokenizer, for their posts are the same
@@ -497,7 +497,7 @@ def measure_reward_scaling(lab):
                 per_seed.append({"seed": seed, "size": size, "parameters": read_size(run.folder), "posts": posts,
                                  "comparisons": sum(len(g["pairs"]) for g in train[:posts]),
                                  "accuracy": float(np.mean([wins(r["margin"], 0) for r in margins])), "labels": len(margins)})
-        ceiling.append(float(np.mean([r["gold_agrees"] for r in margins])))
+        judge.append(float(np.mean([r["gold_agrees"] for r in margins])))
     for size in SIZES:
         for posts in parts:
             mine = [r for r in per_seed if r["size"] == size and r["posts"] == posts]
@@ -505,7 +505,7 @@ def measure_reward_scaling(lab):
             rows.append({"size": size, "parameters": mine[0]["parameters"], "comparisons": float(np.mean([r["comparisons"] for r in mine])),
                          "accuracy": mean, "standard_error": se, "seeds": len(mine), "labels": sum(r["labels"] for r in mine)})
     by_data, by_size = zip(*[slopes([r for r in per_seed if r["seed"] == seed]) for seed in lab.seeds])
-    facts = {"seeds": len(lab.seeds), "labels": rows[0]["labels"], "ceiling": float(np.mean(ceiling)), "smallest": rows[0]["accuracy"],
+    facts = {"seeds": len(lab.seeds), "labels": rows[0]["labels"], "noise_free_judge": float(np.mean(judge)), "smallest": rows[0]["accuracy"],
              "largest": rows[-1]["accuracy"]}
     for name, values in (("per_doubling_of_data", by_data), ("per_doubling_of_size", by_size)):
         facts[name], facts[name + "_se"] = mean_se(values)
@@ -519,7 +519,7 @@ def draw_reward_scaling(measured, path):
         mine = [r for r in rows if r["size"] == size]
         ax.errorbar([r["comparisons"] for r in mine], [r["accuracy"] for r in mine], [r["standard_error"] or 0 for r in mine], color=colour,
                     marker=marker, capsize=3, label=f"{mine[0]['parameters'] / 1e6:.2f}M parameters")
-    ax.axhline(measured["facts"]["ceiling"], color=GREEN, ls="--", lw=1.2, label="noise-free judge: the ceiling")
+    ax.axhline(measured["facts"]["noise_free_judge"], color=GREEN, ls="--", lw=1.2, label="noise-free judge")
     ticks = [r["comparisons"] for r in mine]
     ax.set(xscale="log", xlabel="comparisons trained on", ylabel="agreement with held-out labels")
     ax.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
@@ -538,9 +538,9 @@ def caption_reward_scaling(measured):
     return ("In the paper accuracy rises with both, by about 1.1 points per doubling of the data and 1.8 per doubling of the model. "
             f"Ours: {points('per_doubling_of_data')} points per doubling of the comparisons, {points('per_doubling_of_size')} per "
             "doubling of the parameters (regression on both logarithms, one per seed; ± is the standard error over seeds); from "
-            f"{f['smallest']:.1%} to {f['largest']:.1%}, the noise-free judge {f['ceiling']:.1%}. {f['labels']:,} held-out labels of "
+            f"{f['smallest']:.1%} to {f['largest']:.1%}, the noise-free judge {f['noise_free_judge']:.1%}. {f['labels']:,} held-out labels of "
             f"{f['seeds']} seeds; all sizes train on the same comparisons, of samples of the default size's models; bars: standard error "
-            "over seeds. Different from the paper: a ceiling, which the labelers' noise sets, is known.")
+            "over seeds. Different from the paper: what the labelers' noise leaves to a judge without any is known.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -625,25 +625,25 @@ def caption_curves(measured):
 
 FIGURES = [
     Figure("preference", "Preference over the references by model size (Stiennon 2020, figure 1)", measure_preference, draw_preference,
-           caption_preference, 11),
+           caption_preference, 7),
     Figure("axes", "Quality by axis (Stiennon 2020, figure 3)", measure_axes, draw_axes, caption_axes, 0.2),
-    Figure("transfer", "Transfer to another world (Stiennon 2020, figure 4)", measure_transfer, draw_transfer, caption_transfer, 5),
+    Figure("transfer", "Transfer to another world (Stiennon 2020, figure 4)", measure_transfer, draw_transfer, caption_transfer, 3.5),
     Figure("overoptimization", "Over-optimisation of the reward model (Stiennon 2020, figure 5; Gao 2022, figure 1)",
-           measure_overoptimization, draw_overoptimization, caption_overoptimization, 4.5),
+           measure_overoptimization, draw_overoptimization, caption_overoptimization, 4),
     Figure("reward_scaling", "Reward models by data and by size (Stiennon 2020, figure 6)", measure_reward_scaling, draw_reward_scaling,
-           caption_reward_scaling, 4),
+           caption_reward_scaling, 2.5),
     Figure("best_of_n", "Best of n by reward models and by ROUGE (Stiennon 2020, figure 7)", measure_best_of_n, draw_best_of_n,
-           caption_best_of_n, 1),
+           caption_best_of_n, 0.4),
     Figure("probes", "Probes of reward models (Stiennon 2020, tables 16 and 17)", probes.measure_probes, probes.draw_probes,
-           probes.caption_probes, 1),
+           probes.caption_probes, 0.5),
     Figure("agreement", "Who agrees with whom (Stiennon 2020, tables 20 and 22)", probes.measure_agreement, probes.draw_agreement,
-           probes.caption_agreement, 1),
+           probes.caption_agreement, 0.8),
     Figure("copying", "Novelty, accuracy and where summaries copy from (Ziegler 2019, tables and pictures of copying)", probes.measure_copying,
-           probes.draw_copying, probes.caption_copying, 13),
+           probes.draw_copying, probes.caption_copying, 14),
     Figure("critics", "The same labels without PPO, and judges who did not train it (asked by critics; InstructGPT 2022, section 4.1)",
-           probes.measure_critics, probes.draw_critics, probes.caption_critics, 4),
+           probes.measure_critics, probes.draw_critics, probes.caption_critics, 2.5),
     Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
-           probes.draw_ladder, probes.caption_ladder, 1.7),
+           probes.draw_ladder, probes.caption_ladder, 1.5),
     Figure("curves", "PPO's curves when all is well (default preset)", measure_curves, draw_healthy, caption_curves, 0.1),
 ]
 
@@ -765,10 +765,7 @@ def command(argv):
     for name in args.names:
         if name not in known:
             raise DataError(f"there is no figure {name!r}; there are {', '.join(known)}")
-    try:
-        seeds = [int(seed) for seed in (args.seeds or ("1" if args.quick else "1,2,3")).split(",")]
-    except ValueError:
-        raise DataError(f"--seeds must be whole numbers with commas between, found {args.seeds!r}") from None
+    seeds = seed_list(args.seeds or ("1" if args.quick else "1,2,3"))
     if args.base is not None:
         seed = open_run(args.base).config["seed"]
         if seed != seeds[0]:  # the other sizes' posts and tokens are those of the first seed

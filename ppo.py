@@ -2,7 +2,7 @@
 PPO on the reward model's score with a KL penalty to the SFT model: the last stage of RLHF.
 
 References: Ziegler 2019 §2.2 and its released code; Stiennon 2020 §3.4; InstructGPT 2022 §3.5; Schulman et al. 2017 (PPO),
-2016 (GAE). Where the papers are silent (clip ranges, whitening) Ziegler's code decides.
+2016 (GAE). Where they are silent (Stiennon's clip ranges, whitening) Ziegler's code decides.
 
     python ppo.py out/tiny-seed1 --out out/tiny-seed1/ppo-again --beta 0.1
 
@@ -404,7 +404,7 @@ def pretraining_rows(run, s):
 
 def prompts(run):
     """The posts that PPO writes summaries of: a set of their own, or those of pretraining that belong to the task."""
-    own = os.path.exists(os.path.join(run.folder, "data", "prompts.jsonl"))
+    own = "prompts" in run.posts or os.path.exists(os.path.join(run.folder, "data", "prompts.jsonl"))
     return run.posts["prompts"] if own else [p for p in run.posts["pretrain"]
                                               if world.in_task(p, run.config["settings"]["data"].get("world", "reddit"))]
 

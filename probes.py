@@ -23,7 +23,7 @@ import torch
 
 import world
 from data import decode_response, encode_query, encode_response, load_comparisons, one_at_a_time, pad_rows, post_key
-from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, copy_fraction, crossed_ci, elo, greedy_texts, lead3,
+from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, STUDENT, copy_fraction, crossed_ci, elo, greedy_texts, lead3,
                         new_figure, read_samples, rouge, save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
 from sft import SFTSettings, load_model, open_run, pick_device, train_lm
@@ -434,16 +434,22 @@ def play(posts, policies, prefers):
 
 
 def elo_table(games, anchor, draws=100):
-    """Elo ratings, the anchor's 1000, with 95 % bootstrap intervals over posts and seeds. games [seeds][posts] of play() -> rows"""
+    """Elo ratings, the anchor's 1000, with 95 % intervals for other posts (bootstrap) and other seeds (Student's t), as in crossed_ci.
+    games [seeds][posts] of play() -> rows"""
     S, N, rng = len(games), len(games[0]), np.random.default_rng(0)
 
     def fit(seeds, posts):
         ratings = elo(*zip(*[game for s in seeds for i in posts for game in games[s][i]]))
         return {name: r - ratings[anchor] + 1000 for name, r in ratings.items()}
 
-    point, many = fit(range(S), range(N)), [fit(rng.integers(0, S, S), rng.integers(0, N, N)) for _ in range(draws)]
-    return [{"policy": name, "elo": r, **{key: float(np.percentile([m[name] for m in many], p)) for key, p in (("lo", 2.5), ("hi", 97.5))},
-             "n": S * N} for name, r in sorted(point.items(), key=lambda kv: kv[1])]
+    point, redrawn = fit(range(S), range(N)), [fit(range(S), rng.integers(0, N, N)) for _ in range(draws)]
+    of_seed, rows = [fit([s], range(N)) for s in range(S)], []
+    for name, r in sorted(point.items(), key=lambda kv: kv[1]):
+        over_posts = 1.96 * np.std([ratings[name] for ratings in redrawn])
+        over_seeds = STUDENT[min(S, 10) - 2] * np.std([ratings[name] for ratings in of_seed], ddof=1) / S ** .5 if S > 1 else 0.0
+        half = float(np.hypot(over_posts, over_seeds))
+        rows.append({"policy": name, "elo": r, "lo": r - half, "hi": r + half, "n": S * N})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,10 +510,10 @@ def measure_agreement(lab):
 
 COPY_BIAS = 30.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
 # For honest labelers too. In one round the reward model never meets what PPO makes of it, sentences that are nearly copied, and likes them best:
-# after labels on PPO's own samples it knows copies from paraphrases. It sees in its later passes what is copied; more steps, warmer
-# rollouts and a dearer KL let the policy find it before it settles on a phrase.
-LONGER = {"collect.rounds": 2, "reward.epochs": 3, "ppo.iterations": 24, "ppo.minibatches": 4, "ppo.lr": 4e-4, "ppo.temperature": 1.0,
-          "ppo.beta": 0.15}
+# after labels on PPO's own samples it knows copies from paraphrases. It sees in its later passes what is copied; fewer passes over more
+# rollouts, warmer ones and a dearer KL let the policy find it before it settles on a phrase.
+LONGER = {"collect.rounds": 2, "reward.epochs": 3, "ppo.iterations": 36, "ppo.epochs": 2, "ppo.minibatches": 4, "ppo.lr": 4e-4,
+          "ppo.temperature": 1.0, "ppo.beta": 0.15}
 # An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
 # shown other samples (all of them at PPO's temperature, see run.mixture).
 UNSUPERVISED = {"sft.lr": 1e-12}

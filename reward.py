@@ -63,7 +63,7 @@ class CollectSettings:
     k: int = 4  # samples per post; with pairs the author's reference comes on top (Ziegler 4, InstructGPT 4 to 9)
     k_min: int = 0  # a labeler is shown k_min to k of them, drawn for each post; 0: all k
     tie: float = 0.0  # key facts: summaries that a labeler sees within about so much of each other share a rank
-    noise: float = 0.95  # the labelers' temperature, in key facts: what 77 % agreement with the gold judge needs
+    noise: float = 0.95  # the labelers' temperature, in key facts: what 78 % agreement with the gold judge needs
     length_bias: float = 0.0  # key facts that a summary of e times the words is worth to the labelers
     copy_bias: float = 0.0  # key facts that a summary copied whole from the post is worth to them
     flipped: bool = False  # the labelers choose the worse one (the bug of Ziegler's blog post)

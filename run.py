@@ -239,6 +239,9 @@ def filter_splits(run):
     for name, n in (("sft", s.data.sft), ("valid", 300), ("test", s.data.test)):
         fits = [p for p in splits[name] if world.is_filtered(len(encode_response(enc, p["summary"], 1000)))] if s.data.task == "tldr" else \
                end_stories(enc, splits[name], s.model.max_response)
+        check(fits, f"no {name} post has a summary of the length that is trained on; give data.{name} or model.vocab_size a larger value")
+        if len(fits) < n:
+            print(f"only {len(fits)} of {n} {name} posts have a summary of the length that is trained on, in this vocabulary")
         splits[name] = fits[:n]
     return enc, splits
 
@@ -263,8 +266,8 @@ def stage_data(run):
     c, mock = model_config(s.model, enc, s.model.max_query, R), real.has_mock(run.files)
     sentences = sentiment.split_sentences(run.files["labels"], enc, c.n_positions - 1, run.seed)[1] if mock else []
     groups, needed = check_comparisons(run, enc, splits) if run.real and not mock else (None, 0)
-    ppo_prompts = prompts(SimpleNamespace(folder=run.folder, posts=splits, config=run.config))
-    check(len(ppo_prompts) > 0, "data.pretrain must be larger: no post is left for PPO to write summaries of")
+    run.posts = splits
+    check(len(prompts(run)) > 0, "data.pretrain must be larger: no post is left for PPO to write summaries of")
     os.makedirs(path(run, "data"), exist_ok=True)
     for name, posts in splits.items():
         save_json_lines(path(run, "data", name + ".jsonl"), posts)
@@ -445,8 +448,8 @@ def stage_reward(run):
     rows = evaluation.reward_margins(model, held_out, comparisons)
     save_json_lines(os.path.join(folder, "held_out.jsonl"), rows)
     m = evaluation.measure_reward(rows)
-    ceiling = "" if m["labeler_ceiling"] is None else f", the noise-free judge {m['labeler_ceiling']:.1%}"
-    print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{ceiling}, 'longer wins' {m['longer_wins']:.1%}")
+    judge = "" if m["noise_free_judge"] is None else f", the noise-free judge {m['noise_free_judge']:.1%}"
+    print(f"agrees with {m['accuracy']:.1%} of {m['n']} held-out labels{judge}, 'longer wins' {m['longer_wins']:.1%}")
 
 
 def choose_sft(run):

@@ -207,6 +207,13 @@ def seed_number(text):
     return int(text)
 
 
+def seed_list(text):
+    """The value of --seeds: different seeds with commas between them."""
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        raise DataError(f"--seeds must be whole numbers with commas between, such as 1,2,3, found {text!r}")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
 def true_or_false(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")

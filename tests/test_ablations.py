@@ -131,7 +131,7 @@ def test_steered_kl_by_hand(monkeypatch):
     for kl in ("adaptive", "fixed"):
         monkeypatch.setattr(ablations, "open_run", lambda _: SimpleNamespace(config={"settings": {"ppo": {"kl": kl, "kl_target": 5.0}}}))
         said = ablations.steered_kl("x", "ppo", "cpu")
-        assert said == {"KL of the last fifth": 9.5, "last β": 0.1} | ({"over its target": 1.9} if kl == "adaptive" else {})
+        assert said == {"KL of the last fifth": 9.5, "last β": 0.1} | ({"KL / target": 1.9} if kl == "adaptive" else {})
     assert ablations.steered_kl("x", "sft", "cpu") == {}
 
 

@@ -244,19 +244,19 @@ def test_measure_reward_by_hand():
     rows = [reward_row(2., 1., 1., 9, "a"), reward_row(-2., 1., 0., 9, "a"), reward_row(0., 0., .5, 1, "b"),
             reward_row(3., 1., 0., 1, "c"), reward_row(2.1, .5, 1., 1, "d")]
     out = measure_reward(rows)
-    assert (out["accuracy"], out["labeler_ceiling"], out["longer_wins"], out["n"]) == pytest.approx((.7, .7, .5, 5))
-    assert out["gap_to_ceiling"] == pytest.approx(0, abs=1e-12)
+    assert (out["accuracy"], out["noise_free_judge"], out["longer_wins"], out["n"]) == pytest.approx((.7, .7, .5, 5))
+    assert out["gap_to_judge"] == pytest.approx(0, abs=1e-12)
     assert [(c["confidence"], c["n"]) for c in out["by_confidence"]] == [(1, 3), (9, 2)]
     assert [c["accuracy"] for c in out["by_confidence"]] == pytest.approx([2.5 / 3, .5])
     bins = [(c["predicted"], c["observed"], c["n"]) for c in out["calibration"]]
     s = [1 / (1 + math.exp(-m)) for m in (2, 2.1, 3)]
     assert np.array(bins) == pytest.approx(np.array([(.5, .5, 1), ((2 * s[0] + s[1]) / 3, 2 / 3, 3), (s[2], 1, 1)]))
     better = measure_reward([reward_row(-1., 1., 1., post=str(i)) for i in range(9)] + [reward_row(1., 1., 1.)])
-    assert (better["accuracy"], better["gap_to_ceiling"]) == pytest.approx((.1, .9))
-    lo, hi = better["gap_to_ceiling_ci"]
+    assert (better["accuracy"], better["gap_to_judge"]) == pytest.approx((.1, .9))
+    lo, hi = better["gap_to_judge_ci"]
     assert .5 < lo < .9 < hi <= 1
     real = measure_reward([{**row, "gold_agrees": None, "confidence": None} for row in rows])
-    assert real["labeler_ceiling"] is None and real["gap_to_ceiling"] is None and real["by_confidence"][0]["n"] == 5
+    assert real["noise_free_judge"] is None and real["gap_to_judge"] is None and real["by_confidence"][0]["n"] == 5
 
 
 def test_reward_margins_belong_to_their_comparisons(enc):
@@ -450,6 +450,11 @@ def test_every_policy_answers_in_the_format_of_the_task(enc, monkeypatch):
 
 def axis_row(policy, post, **axes):
     return {"info": {"id": post}, "summary": {"policy": policy, "axes": axes}}
+
+
+def test_rouge_of_nothing_has_no_width():
+    """Catches F1 of 0 taken for choices that were lost: none of 12 texts shares a word, and that is what was measured."""
+    assert all((mean, ci) == (0, [0, 0]) for mean, ci in evaluation.rouge_means(["a b"] * 12, ["c d"] * 12).values())
 
 
 def test_axis_means_by_hand():

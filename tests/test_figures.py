@@ -19,6 +19,7 @@ import world
 from data import DataError, one_at_a_time
 from evaluation import crossed_ci
 from run import preset
+from sft import seed_list
 
 
 def test_gao_forms_recover_what_was_planted():
@@ -136,7 +137,7 @@ def test_captions_say_what_the_tables_say(lab, name, table, keys):
 
 
 def test_facts_are_what_the_tables_say(lab):
-    """Catches a caption's fact that is of another row than it says: the peak, the end, the ceiling's neighbours."""
+    """Catches a caption's fact that is of another row than it says: the peak, the end, the judge's neighbours."""
     measured = json.loads((lab / "overoptimization.json").read_text())
     rows, f = measured["tables"]["ppo"], measured["facts"]
     assert rows[0]["kl"] == 0 and [r["iteration"] for r in rows] == [0, 1, 2]
@@ -148,7 +149,7 @@ def test_facts_are_what_the_tables_say(lab):
     rows, f = measured["tables"]["reward"], measured["facts"]
     assert f["per_doubling_of_data"] == pytest.approx(figures.slopes(rows)[0]) and f["largest"] == rows[-1]["accuracy"]
     caption = next(x for x in figures.FIGURES if x.name == "reward_scaling").caption(measured)
-    assert f"{100 * f['per_doubling_of_size']:+.2f}" in caption and "no standard error" in caption and f"{f['ceiling']:.1%}" in caption
+    assert f"{100 * f['per_doubling_of_size']:+.2f}" in caption and "no standard error" in caption and f"{f['noise_free_judge']:.1%}" in caption
 
 
 def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys):
@@ -241,11 +242,12 @@ def test_one_base_and_seeds_above_it(lab):
 
 
 def test_bad_options_are_one_sentence(lab, tmp_path):
-    for argv, says in ((["nothing"], "no figure 'nothing'"), (["--seeds", "a"], "whole numbers"), (["--jobs", "0"], "1 or more"),
+    for argv, says in ((["nothing"], "no figure 'nothing'"), (["--seeds", "a"], "whole numbers"), (["--seeds", "-1"], "whole numbers"), (["--jobs", "0"], "1 or more"),
                        (["--out", str(lab), "--preset", "test", "--seeds", "2"], "was made with seeds")):
         with pytest.raises(DataError, match=says):
             figures.command(argv + ([] if "--out" in argv else ["--out", str(tmp_path / "x")]))
     assert not (tmp_path / "x").exists()
+    assert seed_list("2,1,2") == [2, 1]  # one seed twice would be two that agree
     (tmp_path / "axes.json").write_text("{")
     with pytest.raises(DataError, match="axes.json is damaged"):
         figures.load_measured(str(tmp_path), "axes")

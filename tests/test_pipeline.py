@@ -49,7 +49,7 @@ def test_results_have_every_field(finished):
     out, printed = finished
     results = json.loads((out / "report" / "results.json").read_text())
     assert set(results) == {"settings", "seconds", "peak_rss_mb", "reward_model", "policies"}
-    assert {"accuracy", "accuracy_ci", "labeler_ceiling", "longer_wins", "n"} <= set(results["reward_model"])
+    assert {"accuracy", "accuracy_ci", "noise_free_judge", "longer_wins", "n"} <= set(results["reward_model"])
     assert set(results["policies"]) - {"in_context"} == {"reference", "lead3", "pretrained", "sft", "sft_sampled", "best_of_n", "ppo"}  # room permitting
     for name, p in results["policies"].items():
         if name == "in_context" and p is None:
@@ -180,7 +180,7 @@ def test_another_configuration_is_refused_by_name(finished):
     (["--ppo.epochs", "many"], ["many"]), (["--collect.flipped", "perhaps"], ["perhaps"]), (["--device", "abacus"], ["abacus"]),
     (["--posts", "README.md"], ["--comparisons"]), (["--posts", "x.jsonl", "--comparisons", "y.jsonl"], ["y.jsonl does not exist"]),
     (["--out", "/dev/null/run"], ["/dev/null"]), (["--reward.loss", "kwise"], ["collect.labels rank"]),
-    (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
+    (["--model.vocab_size", "300", "--data.test", "1"], ["no test post"]), (["--pretrain.choose", "reward"], ["pretrain.choose"]), (["--ppo.value", "both"], ["value", "shared"])])
 def test_bad_settings_are_one_sentence(tmp_path, args, says):
     refused(script("run.py", "--preset", "test", *(["--out", tmp_path / "new"] if "--out" not in args else []), *args), *says)
 
@@ -205,7 +205,7 @@ def test_real_files_go_through_every_stage(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "40 posts, 1 more skipped" in done.stdout
     results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
-    assert results["policies"]["ppo"]["gold_win_rate"] is None and results["reward_model"]["labeler_ceiling"] is None
+    assert results["policies"]["ppo"]["gold_win_rate"] is None and results["reward_model"]["noise_free_judge"] is None
     assert results["policies"]["ppo"]["rm_win_rate"] is not None
     split = {}
     for line in (tmp_path / "out" / "comparisons.jsonl").open():

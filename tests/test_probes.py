@@ -281,6 +281,16 @@ def test_ladder_recovers_planted_strengths():
         assert row["lo"] < row["elo"] < row["hi"] and 20 < row["hi"] - row["lo"] < 150 and row["n"] == 3 * 320
 
 
+def test_an_interval_of_ratings_is_for_other_seeds_too():
+    """Catches seeds drawn again and again in place of Student's t: b's strength differs by seed, and no post by itself says anything."""
+    def games(wins_of_8):
+        return probes.play(POSTS[:8], {"a": ["a"] * 8, "b": ["b"] * 8}, lambda post, x, y: float(POSTS.index(post) >= wins_of_8))
+    b = {r["policy"]: r for r in probes.elo_table([games(3), games(4), games(5)], "a", draws=40)}["b"]
+    spread = 400 * math.log10(5 / 3)  # of b's rating at 3, 4 and 5 wins of 8: -spread, 0, spread around 1000
+    assert b["elo"] == pytest.approx(1000, abs=.1) and b["elo"] - b["lo"] == pytest.approx(b["hi"] - b["elo"])
+    assert b["hi"] - b["elo"] > 4.30 * spread / math.sqrt(3)
+
+
 def test_identical_policies_share_a_rung():
     """Catches ties that go to the one named first."""
     def prefers(post, x, y):  # y beats x on three posts of four
