@@ -798,15 +798,16 @@ def measure_named(options, name, threads):
 
 def measure_all(lab, figures):
     """(figure, measured) of each, as they come: in turn, or lab.jobs at a time, the longest first. One that fails does not stop others."""
-    if lab.jobs == 1:
+    jobs = min(lab.jobs, len(figures))
+    if jobs < 2:
         for figure in figures:
             yield figure, measure(lab, figure)
         return
     os.environ["TQDM_DISABLE"] = "1"  # of the other processes; their bars would write over each other
     failed = None
-    with ProcessPoolExecutor(lab.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         try:
-            threads = max(1, torch.get_num_threads() // lab.jobs)
+            threads = max(1, torch.get_num_threads() // jobs)
             waiting = {pool.submit(measure_named, lab.options, figure.name, threads): figure
                        for figure in sorted(figures, key=lambda figure: -figure.minutes)}
             for future in as_completed(waiting):
