@@ -204,6 +204,13 @@ def test_a_run_is_made_by_one_process(tmp_path, monkeypatch):
     one_at_a_time(made[0]).acquire(timeout=0)  # and lets go of it
 
 
+def test_one_figure_alone_takes_all_threads(monkeypatch):
+    """Catches a single figure sent to a process of half the threads."""
+    monkeypatch.setattr(figures, "measure", lambda lab, figure: f"{figure} measured here")
+    assert list(figures.measure_all(SimpleNamespace(jobs=2), ["one"])) == [("one", "one measured here")]
+    assert list(figures.measure_all(SimpleNamespace(jobs=2), [])) == []
+
+
 def test_what_a_run_stands_on(tmp_path, monkeypatch):
     """Catches labels of PPO's samples taken over from a run whose PPO was another, and a language model or labels made twice."""
     def pipeline(settings, seed, folder, name, base, **more):

@@ -221,6 +221,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("run", 'run.posts["collect"][:s.posts]', 'run.posts["collect"]', "pipeline::a_run_may_end_early_and_compare_fewer_posts_than_its_base"),
     ("figures", "with one_at_a_time(folder):", "if True:", "a_run_is_made_by_one_process"),
     ("figures", 'if "collect.rounds" in changes:', "if False:", "what_a_run_stands_on"),
+    ("figures", "jobs = min(lab.jobs, len(figures))", "jobs = lab.jobs", "one_figure_alone_takes_all_threads"),
+    ("run", 'check(fits, f"no {name} post', 'check(True, f"no {name} post', "pipeline::bad_settings_are_one_sentence"),
     ("figures", "failed = failed or future.exception()", "failed = None", "two_figures_at_a_time"),
     ("figures", "if future.exception() is None:", "if failed is None:", "two_figures_at_a_time"),
     # probes.py
