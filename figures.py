@@ -66,17 +66,16 @@ def make_lab(out, seeds=(1, 2, 3), quick=False, preset_name="tiny", device="auto
     jobs: figures measured at a time."""
     options = {"out": out, "seeds": list(seeds), "quick": quick, "preset_name": preset_name, "device": device, "given": given}
     changes = {} if preset_name == "test" else QUICK if quick else FULL
-    lab = SimpleNamespace(out=out, seeds=list(seeds), quick=quick, preset=preset_name, device=device, changes=changes,
-                          given=given, made=set(), jobs=jobs, options=options)
+    lab = SimpleNamespace(**options, changes=changes, made=set(), jobs=jobs, options=options)
     lab.base, lab.labelled, lab.finished = (partial(f, lab) for f in (base, labelled, finished))
     return lab
 
 
 def lab_settings(lab, size, changes):
     """The lab's preset at this size with these changes, validated."""
-    m, scale = preset(lab.preset).model, SIZES[size]
+    m, scale = preset(lab.preset_name).model, SIZES[size]
     shape = {"model.n_layer": max(1, round(scale * m.n_layer)), "model.n_embd": round(scale * m.n_embd)}
-    return preset(lab.preset, shape | lab.changes | changes)
+    return preset(lab.preset_name, shape | lab.changes | changes)
 
 
 def make(lab, name, until, seed, size, changes, base=None):
@@ -87,7 +86,7 @@ def make(lab, name, until, seed, size, changes, base=None):
         return folder
     began = time.time()
     with one_at_a_time(folder):
-        run_pipeline(lab_settings(lab, size, changes), seed, folder, lab.preset, base, device=lab.device, until=until)
+        run_pipeline(lab_settings(lab, size, changes), seed, folder, lab.preset_name, base, device=lab.device, until=until)
     if time.time() - began > 2:
         say(f"    {name} up to {until}: {time.time() - began:.0f} s")
     lab.made.add((folder, until))
@@ -323,7 +322,7 @@ def judged(labeler, posts, texts, scores, reference_scores):
 
 def many_samples(lab, posts):
     """64 samples of the default size's SFT model for each post, made once. -> texts[post][sample]"""
-    run, n = open_run(lab.base()), 8 if lab.preset == "test" else 16 if lab.quick else 64
+    run, n = open_run(lab.base()), 8 if lab.preset_name == "test" else 16 if lab.quick else 64
 
     def texts():
         queries, temperature = [encode_query(run.enc, p, run.Q) for p in posts], run.config["settings"]["ppo"]["temperature"]
@@ -368,7 +367,7 @@ def turn(ppo):
 
 
 def measure_overoptimization(lab):
-    weak, long = (TEST_WEAK, TEST_LONG) if lab.preset == "test" else (WEAK, LONG)
+    weak, long = (TEST_WEAK, TEST_LONG) if lab.preset_name == "test" else (WEAK, LONG)
     device, of_iteration, of_n, per_seed = pick_device(lab.device), {}, {}, []
     for seed in lab.seeds:
         folder = lab.finished(seed, until="ppo", **weak, **long)
@@ -547,7 +546,7 @@ def caption_reward_scaling(measured):
 # Stiennon figure 7: what best of n optimises
 
 def measure_best_of_n(lab):
-    device, run, weak = pick_device(lab.device), open_run(lab.base()), TEST_WEAK if lab.preset == "test" else WEAK
+    device, run, weak = pick_device(lab.device), open_run(lab.base()), TEST_WEAK if lab.preset_name == "test" else WEAK
     posts = run.posts["test"][:40 if lab.quick else 100]
     many = many_samples(lab, posts)
     utility = [[world.utility(p, t) for t in texts] for p, texts in zip(posts, many)]

@@ -521,7 +521,7 @@ UNSUPERVISED = {"sft.lr": 1e-12}
 
 def measure_copying(lab):
     units, maps, device, seeds = [], defaultdict(list), pick_device(lab.device), lab.seeds[:1]  # one: its four runs take as long as any two other figures
-    longer = {} if lab.quick or lab.preset == "test" else LONGER
+    longer = {} if lab.quick or lab.preset_name == "test" else LONGER
     for seed in seeds:
         folders = {(start, labels): lab.finished(seed, until="ppo", **how, **bias, **longer)
                    for labels, bias in (("honest", {}), ("copying", {"collect.copy_bias": COPY_BIAS}))
