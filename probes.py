@@ -510,10 +510,10 @@ def measure_agreement(lab):
 
 COPY_BIAS = 30.0  # key facts that a summary copied whole is worth to the copying labelers: they look for little else
 # For honest labelers too. In one round the reward model never meets what PPO makes of it, sentences that are nearly copied, and likes them best:
-# after labels on PPO's own samples it knows copies from paraphrases. It sees in its later passes what is copied; fewer passes over more
-# rollouts, warmer ones and a dearer KL let the policy find it before it settles on a phrase.
-LONGER = {"collect.rounds": 2, "reward.epochs": 3, "ppo.iterations": 36, "ppo.epochs": 2, "ppo.minibatches": 4, "ppo.lr": 4e-4,
-          "ppo.temperature": 1.0, "ppo.beta": 0.15}
+# after labels on PPO's own samples it knows copies from paraphrases, and PPO goes on from there (Ziegler's online collection). It takes many
+# steps before it sees at all what is copied; small steps on many, warmer rollouts and a dearer KL keep the policy from settling on a phrase.
+LONGER = {"collect.rounds": 2, "collect.online": True, "reward.batch": 4, "reward.epochs": 2, "ppo.iterations": 96, "ppo.epochs": 2,
+          "ppo.minibatches": 4, "ppo.lr": 2e-4, "ppo.temperature": 1.0, "ppo.beta": 0.15}
 # An SFT stage that changes nothing: PPO and reward model start from the pretrained model. With sft.epochs 0 the labelers would also be
 # shown other samples (all of them at PPO's temperature, see run.mixture).
 UNSUPERVISED = {"sft.lr": 1e-12}
@@ -866,7 +866,7 @@ def caption_copying(measured):
         return says(find(measured, "texts", policy=policy, measure=measure))
     novelty = {name: of(name, "sentence novelty") for name in dict.fromkeys(r["policy"] for r in measured["tables"]["texts"])}
     ratio = f["novelty_ratio_supervised + fine-tuned"]
-    longer = ("All four were trained with " + ", ".join(f"{key} {x:g}" for key, x in f["longer"].items())
+    longer = ("All four were trained with " + ", ".join(f"{key} {x}".lower() for key, x in f["longer"].items())
               + ", which leaves PPO time to find what is hardly sampled at first. ") if f["longer"] else ""
     return ("In Ziegler 2019 (tables and blog post) the novel sentences of TL;DR summaries are 98.9 % for references, 96.3 % zero-shot, "
             "29.0 % fine-tuned, 96.9 % supervised, 94.0 % supervised + fine-tuned; accurate are 6, 26, 8 and 11 of 30 summaries of the "
