@@ -2,10 +2,13 @@
 Downloads: the public files of GPT-2 and of OpenAI's two projects, fetched once into a cache folder and checked.
 
     path = fetch("gpt2/encoder.json")             # ~/.cache/rlhf/gpt2/encoder.json, from the network the first time
+    python download.py comparisons/batch3.json    # the same from a shell, which prints the path; --help lists all files
 """
+import argparse
 import hashlib
 import http.client
 import os
+import sys
 import urllib.error
 import urllib.request
 
@@ -119,3 +122,22 @@ def _open_url(url, start):
             return _open_url(url, 0)
         raise
     return response, start if response.status == 206 else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="files: " + ", ".join(FILES))
+    parser.add_argument("names", nargs="+", metavar="FILE", help="name of a public file, see below")
+    names = parser.parse_args().names
+    try:
+        for name in names:
+            if name not in FILES:
+                raise DataError(f"there is no public file {name!r} here; --help lists all")
+            print(fetch(name))
+    except DataError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

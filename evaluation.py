@@ -8,8 +8,8 @@ References: Stiennon 2020 §4, appendices F and G; Ziegler 2019 §3; InstructGPT
     python evaluation.py out/tiny-seed1 --comparisons batch22.json                # the reward model against other people's labels
     python evaluation.py out/tiny-seed1 --axis tldraxis1.json                     # Likert scores: means and intervals
 
-Measuring is apart from sampling (sample_policies, the only part that runs models) and from drawing (draw_*).
-Every rate comes with its number of posts and a 95 % bootstrap interval over posts.
+Measuring (measure_*) is apart from what runs models, such as sample_policies, and from drawing (draw_*). Win rates, accuracies, ROUGE and
+scores come with their number of posts and a 95 % bootstrap interval over posts.
 """
 import csv
 import gzip
@@ -71,19 +71,21 @@ def not_too_narrow(low, high, values, n):
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantiles of t at 1 to 9 degrees of freedom
 
 
-def crossed_ci(values, posts, seeds):
+def crossed_ci(values, posts, seeds, choices=True):
     """95 % interval of the mean of values [N], each of a post and of a seed, for other posts and other seeds:
 
         mean ± √((1.96 s_posts)² / P + (t s_seeds)² / S),    t of S - 1 degrees of freedom
 
     s_posts, s_seeds: standard deviations of the means by post and by seed. Three seeds say little about how much seeds differ; t says so,
-    where three seeds drawn again and again would not. Of one seed, an interval for that seed. Choices (0 to 1) stay within 0 and 1."""
+    where three seeds drawn again and again would not. Of one seed, an interval for that seed. Choices and shares (0 to 1) stay within 0 and 1."""
     values, variance = np.asarray(values, float), 0.0
     groups = [np.unique(np.asarray(names), return_inverse=True)[1] for names in (posts, seeds)]
     P, S = (group.max() + 1 for group in groups)
     for group, n, t in zip(groups, (P, S), (1.96, STUDENT[min(S, 10) - 2])):
         variance += t**2 * np.var(np.bincount(group, values) / np.bincount(group), ddof=1) / n if n > 1 else 0.0
     low, high = values.mean() - math.sqrt(variance), values.mean() + math.sqrt(variance)
+    if not choices:
+        return [float(low), float(high)]
     if values.min() >= 0 and values.max() <= 1:
         low, high = max(0, low), min(1, high)
     return not_too_narrow(low, high, values, P)
@@ -498,7 +500,7 @@ def draw_training(folder, path):
 
 PPO_CURVES = [("score", "reward model's score"), ("gold", "gold utility"), ("kl", "KL to SFT (nats)"),
               ("entropy", "entropy (nats per token)"), ("length", "response length (tokens)"), ("clip_fraction", "share of ratios clipped"),
-              ("approx_kl", "approx. KL of one update (nats)"), ("explained_variance", "explained variance of values")]
+              ("approx_kl", "approx. KL of one update (nats per token)"), ("explained_variance", "explained variance of values")]
 HEALTHY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "docs", "healthy_run.json")  # curves.json of figures.py
 
 

@@ -1,5 +1,5 @@
 """
-Every figure of the papers on the embedded world, with error bars, from one command:
+The papers' figures on the embedded world, with error bars, from one command:
 
     python run.py figures                       # all of them -> out/figures/report.html; it says how long it will take
     python run.py figures overoptimization      # one
@@ -40,7 +40,7 @@ from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, R
                         rouge, sampled_kl, save_csv, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
 from run import preset, run_pipeline
-from sft import Parser, load_model, open_run, pick_device, read_metrics, run_main, seed_list
+from sft import Parser, load_model, open_run, pick_device, read_metrics, seed_list
 
 # name; title with the paper's own number; measure(lab) -> {"tables": {table: [flat dict]}, "facts": {name: number}};
 # draw(measured, path) from that alone; caption(measured) -> text; minutes of a run of all, two at a time on two cores
@@ -122,13 +122,13 @@ def finished(lab, seed, size="default", until="evaluation", **changes):
 # ---------------------------------------------------------------------------------------------------------------------
 # statistics over seeds
 
-def row_of(values):
+def row_of(values, choices=True):
     """{name, name_low, name_high: mean and crossed_ci} of each of values, {name: [seeds, posts]}, as columns of a table."""
     row = {}
     for name, of_seeds in values.items():
         seeds, posts = np.indices(np.shape(of_seeds))
         row[name] = float(np.mean(of_seeds))
-        row[name + "_low"], row[name + "_high"] = crossed_ci(np.ravel(of_seeds), posts.ravel(), seeds.ravel())
+        row[name + "_low"], row[name + "_high"] = crossed_ci(np.ravel(of_seeds), posts.ravel(), seeds.ravel(), choices)
     return row
 
 
@@ -210,7 +210,7 @@ def measure_axes(lab):
     runs, rows = [read_samples(lab.finished(seed)) for seed in lab.seeds], []
     for policy in ("reference", "lead3", "pretrained", "sft", "ppo"):
         marks = [[world.axes(row["post"], row["policies"][policy]["text"]) for row in samples] for samples in runs]
-        row = {"policy": policy} | row_of({axis: [[m[axis] for m in of_run] for of_run in marks] for axis in AXES})
+        row = {"policy": policy} | row_of({axis: [[m[axis] for m in of_run] for of_run in marks] for axis in AXES}, choices=False)
         top = np.mean([[m["overall"] >= 6.5 for m in of_run] for of_run in marks])
         rows.append(row | {"overall_at_least_6_5": float(top), "posts": len(runs[0]), "seeds": len(runs)})
     return {"tables": {"axes": rows}, "facts": {"posts": rows[0]["posts"], "seeds": rows[0]["seeds"]}}
@@ -262,7 +262,7 @@ def measure_transfer(lab):
     for policy, of_seed in texts.items():
         marks = [[world.axes(p, text) for p, text in zip(test, of_run)] for of_run in of_seed]
         rows.append({"policy": policy, "words": float(np.mean([len(t.split()) for of_run in of_seed for t in of_run])),
-                     **row_of({axis: [[m[axis] for m in of_run] for of_run in marks] for axis in AXES}),
+                     **row_of({axis: [[m[axis] for m in of_run] for of_run in marks] for axis in AXES}, choices=False),
                      "posts": len(test), "seeds": len(of_seed)})
     facts = {"posts": len(test), "seeds": len(lab.seeds), "news": read["data.news"], "parameters": read_size(home.folder)}
     return {"tables": {"transfer": rows}, "facts": facts}
@@ -307,7 +307,8 @@ def caption_transfer(measured):
 WEAK = {"collect.posts": 40, "collect.held_out_posts": 100, "reward.batch": 2, "reward.epochs": 4}
 LONG = {"ppo.beta": 0.0, "ppo.iterations": 20, "ppo.snapshots": 2}
 TEST_WEAK, TEST_LONG = {"collect.posts": 8}, {"ppo.iterations": 2, "ppo.snapshots": 1}  # of the preset test
-CURVES = ("gold", "labelers", "predicted", "utility", "score")
+CHOSEN, MEASURED = ("gold", "labelers", "predicted"), ("utility", "score")  # shares preferred; means
+CURVES = CHOSEN + MEASURED
 
 
 def judged(labeler, posts, texts, scores, reference_scores):
@@ -321,7 +322,7 @@ def judged(labeler, posts, texts, scores, reference_scores):
 
 
 def many_samples(lab, posts):
-    """64 samples of the default size's SFT model for each post, made once. -> texts[post][sample]"""
+    """64 samples (fewer with --quick) of the default size's SFT model for each post, made once. -> texts[post][sample]"""
     run, n = open_run(lab.base()), 8 if lab.preset_name == "test" else 16 if lab.quick else 64
 
     def texts():
@@ -393,8 +394,11 @@ def measure_overoptimization(lab):
         marks = [judged(labeler, [p] * len(texts), texts, s, r) for p, texts, s, r in zip(fewer, many, scores, reference_scores)]
         for n in powers_of_2(len(many[0])):
             of_n.setdefault(n, []).append({key: [best_of_n_estimate(s, m[key], n) for s, m in zip(scores, marks)] for key in CURVES})
-    ppo = [{"iteration": i, **row_of({key: [m[key] for m in marks] for key in ("kl", *CURVES)})} for i, marks in of_iteration.items()]
-    best_of_n = [{"n": n, "kl": best_of_n_kl(n), **row_of({key: [m[key] for m in marks] for key in CURVES})} for n, marks in of_n.items()]
+
+    def rows_of(marks, *measured):
+        return row_of({key: [m[key] for m in marks] for key in CHOSEN}) | row_of({key: [m[key] for m in marks] for key in measured}, choices=False)
+    ppo = [{"iteration": i, **rows_of(marks, "kl", *MEASURED)} for i, marks in of_iteration.items()]
+    best_of_n = [{"n": n, "kl": best_of_n_kl(n), **rows_of(marks, *MEASURED)} for n, marks in of_n.items()]
     fits = []
     for curve, rows in (("ppo", ppo), ("best_of_n", best_of_n)):
         far = [r for r in rows[1:] if r["kl"] > .1]  # Gao does not trust the forms near 0; log d needs d > 0
@@ -404,7 +408,7 @@ def measure_overoptimization(lab):
     facts = {"posts": len(posts), "posts_best_of_n": len(fewer), "seeds": len(lab.seeds), "posts_compared": settings["posts"],
              "comparisons": settings["posts"] * settings["pairs"], "temperature": temperature, **turn(ppo)}
     peak, last = (np.array([m["gold"] for m in of_iteration[facts[name]]]) for name in ("peak_iteration", "last_iteration"))
-    facts |= row_of({"drop": peak - last})  # of the same posts and seeds
+    facts |= row_of({"drop": peak - last}, choices=False)  # of the same posts and seeds
     return {"tables": {"ppo": ppo, "best_of_n": best_of_n, "fits": fits, "seeds": per_seed}, "facts": facts}
 
 
@@ -444,7 +448,8 @@ def caption_overoptimization(measured):
             f"%. Ours: gold preference is best at {f['peak_kl']:.1f} nats with {f['peak_gold']:.0%} (prediction "
             f"{f['peak_predicted']:.0%}, labelers {f['peak_labelers']:.0%}); at {f['last_kl']:.1f} nats it is {f['last_gold']:.0%}, the "
             f"prediction {f['last_predicted']:.0%}, labelers {f['last_labelers']:.0%}. On the same posts it falls by {100 * f['drop']:.0f} points "
-            f"({100 * f['drop_low']:.0f} to {100 * f['drop_high']:.0f}): the turn {shows}. The dials: a reward model from about {f['comparisons']} comparisons on "
+            f"({100 * f['drop_low']:.0f} to {100 * f['drop_high']:.0f}): the turn {shows}. (The best point is chosen "
+            f"on these very posts, which makes the fall look a little larger than it is.) The dials: a reward model from about {f['comparisons']} comparisons on "
             f"{f['posts_compared']} posts (the default run has 1500 posts), and PPO without KL penalty for {f['last_iteration']} "
             "iterations, whose policies are taken along the way; Gao finds that a penalty acts like stopping early. Gao's forms, fitted "
             f"to the mean gain in gold utility: PPO d({rl['alpha']:.2f} - {rl['beta']:.2f} log d), best of n d({bon['alpha']:.2f} - "
@@ -455,14 +460,20 @@ def caption_overoptimization(measured):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stiennon figure 6: reward models by data and by size
 
+def posts_per_step(posts):
+    """Few posts are read in smaller steps, so that they make more than a handful: 23 of one post, 187 of eight."""
+    return max(1, min(8, posts // 32))
+
+
 def reward_on_fewer(lab, seed, size, run, train, held_out, comparisons):
     """A reward model of this size from the groups `train`. -> rows of reward_margins on the groups held out"""
     posts, device = len(train), pick_device(lab.device)
-    folder = os.path.join(lab.out, "runs", f"{size}-seed{seed}-comparisons-of-{posts}-posts")
+    own = size == "default" and posts == lab_settings(lab, size, {}).collect.posts  # the seed's own reward model is this one
+    folder = os.path.join(lab.labelled(seed), "reward") if own else os.path.join(lab.out, "runs", f"{size}-seed{seed}-comparisons-of-{posts}-posts")
     file = os.path.join(folder, "held_out.jsonl")
     if not os.path.exists(file):
         torch.manual_seed(seed)
-        run.seed, batch = seed, max(1, min(8, posts // 32))  # some 50 steps at least
+        run.seed, batch = seed, posts_per_step(posts)
         settings = dataclasses.replace(lab_settings(lab, size, {}).reward, batch=batch, warmup=min(20, posts // batch // 4))
         model = load_model(os.path.join(run.folder, "sft"), device, "scalar")
         train_reward(model, train, normalising_rows(run, settings, device), settings, folder, seed)
@@ -534,11 +545,13 @@ def caption_reward_scaling(measured):
     def points(name):
         se = f[name + "_se"]
         return f"{100 * f[name]:+.2f}" + (" (one seed, no standard error)" if se is None else f" ± {100 * se:.2f}")
+    parts = sorted({r["posts"] for r in measured["tables"]["seeds"]})
     return ("In the paper accuracy rises with both, by about 1.1 points per doubling of the data and 1.8 per doubling of the model. "
             f"Ours: {points('per_doubling_of_data')} points per doubling of the comparisons, {points('per_doubling_of_size')} per "
             "doubling of the parameters (regression on both logarithms, one per seed; ± is the standard error over seeds); from "
             f"{f['smallest']:.1%} to {f['largest']:.1%}, the noise-free judge {f['noise_free_judge']:.1%}. {f['labels']:,} held-out labels of "
-            f"{f['seeds']} seeds; all sizes train on the same comparisons, of samples of the default size's models; bars: standard error "
+            f"{f['seeds']} seeds; all sizes train on the same comparisons, of samples of the default size's models, in one pass: "
+            + " or ".join(f"{posts // posts_per_step(posts)} steps of {posts_per_step(posts)}" for posts in parts) + " posts; bars: standard error "
             "over seeds. Different from the paper: what the labelers' noise leaves to a judge without any is known.")
 
 
@@ -590,8 +603,9 @@ def caption_best_of_n(measured):
             + ", ".join(f"{percent(r, 'gold')} by {name}" for name, r in last.items())
             + f"; ROUGE-L is at its best at n = {peak['n']} with {peak['gold']:.0%}. ROUGE is measured against the very reference that "
             "the choice is compared with; the earlier reward model is that of the over-optimisation figure, from the comparisons of "
-            f"{f['posts_compared']} posts in place of 1500, the smaller one that of the small models. {f['posts']} posts, {f['samples']} "
-            f"samples of each (the estimate runs over all subsets of n), {f['seeds']} seeds of comparisons and reward model; bands: 95 % over {probes.over(f)}.")
+            f"{f['posts_compared']} posts, the smaller one that of the small models. {f['posts']} posts, {f['samples']} "
+            f"samples of each (the estimate runs over all subsets of n), {f['seeds']} seeds of comparisons and reward model; bands: 95 % over {probes.over(f)} "
+            "(gold judge and ROUGE-L, which have no seeds: posts).")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,7 +762,17 @@ def open_lab_folder(out, config):
             raise DataError(f"{out} was made with {key} = {old.get(key)}, now it is {value}; name another folder with --out")
 
 
-def command(argv):
+def check_base(lab):
+    """Refuses a given run of which the default size could take nothing over."""
+    theirs, ours = open_run(lab.given).config["settings"], dataclasses.asdict(lab_settings(lab, "default", {}))
+    differ = [f"--{part}.{key} {value}" for part in ("model", "data", "pretrain", "sft") for key, value in ours[part].items()
+              if theirs[part].get(key, value) != value]
+    differ += [f"--collect.{key} {ours['collect'][key]}" for key in ("posts", "held_out_posts") if theirs["collect"][key] < ours["collect"][key]]
+    if differ:
+        raise DataError(f"--base {lab.given} is not the figures' model of the default size; `python run.py {' '.join(differ)}` makes one")
+
+
+def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which figures (default all): {', '.join(f.name for f in FIGURES)}")
     parser.add_argument("--quick", action="store_true", help="small data and one seed: shows the machinery, not the findings")
@@ -774,8 +798,11 @@ def command(argv):
         raise DataError(f"--jobs must be 1 or more, found {args.jobs}")
     jobs = args.jobs or (2 if pick_device(args.device) == "cpu" and torch.get_num_threads() > 1 else 1)
     out = args.out or os.path.join("out", "figures-quick" if args.quick else "figures")
+    lab = make_lab(out, seeds, args.quick, args.preset, args.device, args.base, jobs)
+    if args.base is not None:
+        check_base(lab)
     open_lab_folder(out, {"preset": args.preset, "quick": args.quick, "seeds": seeds})
-    draw_all(make_lab(out, seeds, args.quick, args.preset, args.device, args.base, jobs), [known[name] for name in args.names or known])
+    draw_all(lab, [known[name] for name in args.names or known])
 
 
 def measure(lab, figure):
@@ -796,7 +823,8 @@ def measure_named(options, name, threads):
 
 
 def measure_all(lab, figures):
-    """(figure, measured) of each, as they come: in turn, or lab.jobs at a time, the longest first. One that fails does not stop others."""
+    """(figure, measured) of each, as they come: in turn, or lab.jobs at a time, the longest first, where one that fails does not stop the
+    others."""
     jobs = min(lab.jobs, len(figures))
     if jobs < 2:
         for figure in figures:
@@ -824,7 +852,7 @@ def measure_all(lab, figures):
 
 
 def draw_all(lab, figures):
-    """Measure what is not measured yet, draw, and write the report of every figure that the folder holds."""
+    """Measure what is not measured yet, draw, and report."""
     todo, began = [], time.time()
     for figure in figures:
         if (measured := load_measured(lab.out, figure.name)) is None:
@@ -834,21 +862,27 @@ def draw_all(lab, figures):
             save_drawn(lab.out, figure, measured)
     left, planned = sum(figure.minutes for figure in todo), 0.0
     if todo:
-        say(f"{len(todo)} to measure, about {show_time(60 * left * (0.2 if lab.quick else 1))} on two cores")
-    for number, (figure, measured) in enumerate(measure_all(lab, todo), 1):
-        planned, left = planned + figure.minutes, left - figure.minutes
-        save_drawn(lab.out, figure, measured)
-        more = f"; about {show_time(left * (time.time() - began) / planned)} for the others" if left > 0.01 else ""
-        say(f"[{number}/{len(todo)}] {figure.name} in {show_time(measured['seconds'])}{more}\n    {figure.caption(measured)}")
+        of_all = f", about {show_time(60 * left * (0.2 if lab.quick else 1))} on two cores" if len(todo) == len(FIGURES) else ""
+        say(f"{len(todo)} to measure{of_all}")  # some alone make runs that are others' share of that time
+    try:
+        for number, (figure, measured) in enumerate(measure_all(lab, todo), 1):
+            planned, left = planned + figure.minutes, left - figure.minutes
+            save_drawn(lab.out, figure, measured)
+            more = f"; about {show_time(left * (time.time() - began) / planned)} for the others" if left > 0.01 else ""
+            say(f"[{number}/{len(todo)}] {figure.name} in {show_time(measured['seconds'])}{more}\n    {figure.caption(measured)}")
+    except Exception:  # one failed: what there is
+        report_all(lab)
+        raise
+    report_all(lab)
+    say(f"report in {os.path.join(lab.out, 'report.html')}, {show_time(time.time() - began)}")
+
+
+def report_all(lab):
+    """The report of every figure that the folder holds."""
     done = [(f, m) for f in FIGURES for m in [load_measured(lab.out, f.name)] if m]
     for figure, measured in done:
         if not os.path.exists(os.path.join(lab.out, figure.name + ".png")):  # an earlier command was stopped between the two
             save_drawn(lab.out, figure, measured)
     report(lab.out, done)
-    say(f"report in {os.path.join(lab.out, 'report.html')}, {show_time(time.time() - began)}")
-
-
-def main(argv):
-    run_main(partial(command, argv))
 
 

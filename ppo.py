@@ -6,7 +6,7 @@ References: Ziegler 2019 §2.2 and its released code; Stiennon 2020 §3.4; Instr
 
     python ppo.py out/tiny-seed1 --out out/tiny-seed1/ppo-again --beta 0.1
 
-    R(x, y) = r(x, y) - β log π(y|x) / π_SFT(y|x)            maximised over π
+    R(x, y) = r(x, y) - β log(π(y|x) / π_SFT(y|x))           maximised over π
 
 One iteration: sample responses (rollout), score them, give each token its share of the reward (shaped_rewards, gae), and
 take a few clipped steps on them (update). To change the reward, change `score` in stage 3 of rollout().

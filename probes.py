@@ -24,7 +24,7 @@ import torch
 import world
 from data import decode_response, encode_query, encode_response, load_comparisons, one_at_a_time, pad_rows, post_key
 from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, RED, SKY, STUDENT, copy_fraction, crossed_ci, elo, greedy_texts, lead3,
-                        new_figure, read_samples, rouge, save_figure, sentence_novelty, wins)
+                        new_figure, once, read_samples, rouge, save_figure, sentence_novelty, wins)
 from reward import sample_responses, score_all, score_responses
 from sft import SFTSettings, load_model, open_run, pick_device, train_lm
 
@@ -385,13 +385,12 @@ def best_samples(run, policy, reward_model, posts, temperature, n, generator):
 
 def train_supervised(run, rows, out, device, epochs=1):
     """The SFT model trained on by SFT's own recipe on rows() = [(post, text)]. -> the model; what lies in `out` is not trained again"""
-    with one_at_a_time(out):
-        if not os.path.exists(os.path.join(out, "model.safetensors")):
-            posts, texts = zip(*rows())
-            data = [encode_query(run.enc, p, run.Q) for p in posts], [encode_response(run.enc, t, run.R) for t in texts]
-            settings = SFTSettings(**run.config["settings"]["sft"] | {"choose": "last", "epochs": epochs})
-            sft, first = load_model(os.path.join(run.folder, "sft"), device), [x[:100] for x in data]
-            train_lm(sft, data, first, settings, out, run.config["seed"], name="supervised")
+    if not os.path.exists(os.path.join(out, "model.safetensors")):
+        posts, texts = zip(*rows())
+        data = [encode_query(run.enc, p, run.Q) for p in posts], [encode_response(run.enc, t, run.R) for t in texts]
+        settings = SFTSettings(**run.config["settings"]["sft"] | {"choose": "last", "epochs": epochs})
+        sft, first = load_model(os.path.join(run.folder, "sft"), device), [x[:100] for x in data]
+        train_lm(sft, data, first, settings, out, run.config["seed"], name="supervised")
     return load_model(out, device)
 
 
@@ -551,7 +550,7 @@ BEST_OF = 8  # samples of each labelled post from which the reward model chooses
 
 def supervised_rivals(lab, run, seed, device):
     """What becomes of the labels that PPO's reward model had without PPO: SFT trained on with what they prefer, and the reward model's
-    choice among samples. -> {name: texts for the test posts}, number of labels"""
+    choice among samples, made once. -> {name: texts for the test posts}, number of labels"""
     comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
     train = [c for c in comparisons if c["split"] == "train"]
     sft, reward_model = (load_model(os.path.join(run.folder, name), device, head) for name, head in (("sft", "lm"), ("reward", "scalar")))
@@ -559,10 +558,15 @@ def supervised_rivals(lab, run, seed, device):
     def best(posts):
         return best_samples(run, sft, reward_model, posts, temperature_of(run), BEST_OF, generator_of(run))
     rows = {"preferred": lambda: preferred(train), "most-preferred": lambda: most_preferred(train),
-            "best-of-n": lambda: best([post for post, _ in win_shares(train)])}
-    return {name: greedy_texts(run, train_supervised(run, texts, os.path.join(lab.out, "runs", f"supervised-{name}-seed{seed}"), device),
-                               run.posts["test"]) for name, texts in rows.items()} | {
-        "best_of_n": [text for _, text in best(run.posts["test"])]}, len(train)
+            "favourite": lambda: best([post for post, _ in win_shares(train)])}
+
+    def texts():
+        models = {name: train_supervised(run, of, os.path.join(lab.out, "runs", f"supervised-{name}-seed{seed}"), device) for name, of in rows.items()}
+        return {name: greedy_texts(run, model, run.posts["test"]) for name, model in models.items()} | {
+            "best_of_n": [text for _, text in best(run.posts["test"])]}
+    file = os.path.join(lab.out, "runs", f"supervised-seed{seed}.json")
+    with one_at_a_time(file):
+        return once(file, texts), len(train)
 
 
 def measure_critics(lab):
@@ -667,8 +671,7 @@ def draw_agreement(measured, path):
         cells = np.full((len(names), len(names)), np.nan)
         for (a, b), r in mine.items():
             i, j = names.index(a), names.index(b)
-            if r["mean"] is not None:
-                cells[i, j] = cells[j, i] = 100 * r["mean"]
+            cells[i, j] = cells[j, i] = 100 * r["mean"]
         shown = ax.imshow(np.ma.masked_invalid(cells), cmap="PuOr_r", vmin=0, vmax=100)
         for i, j in itertools.product(range(len(names)), repeat=2):
             if cells[i, j] == cells[i, j]:
@@ -707,7 +710,7 @@ def draw_copying(measured, path):
     for k, (ax, (title, series)) in enumerate(zip(axes[0], panels)):
         for m, (measure, colour, marker, label) in enumerate(series):
             for i, name in enumerate(names):
-                if rows.get((name, measure), {}).get("mean") is not None:
+                if (name, measure) in rows:
                     y = -i - .16 * (m - (len(series) - 1) / 2)
                     point(ax, None, y, rows[name, measure], colour, marker, label if i == 0 else None, size=4)
         ax.set_yticks([-i for i in range(len(names))], [label_copying(n) for n in names] if k == 0 else [""] * len(names))
@@ -734,7 +737,7 @@ def draw_copying(measured, path):
 
 RIVALS = {"sft": "SFT", "preferred": "SFT on samples and references\nthat won more than they lost",
           "most-preferred": "SFT on each post's most\npreferred sample or reference",
-          "best-of-n": f"SFT on the reward\nmodel's best of {BEST_OF}",
+          "favourite": f"SFT on the reward\nmodel's best of {BEST_OF}",
           "best_of_n": f"best of {BEST_OF}, not trained on", "ppo": "PPO"}
 JUDGES = (("gold judge", GREY, "D"), ("training labelers", BLUE, "o"), ("other labelers", ORANGE, "^"))
 
@@ -799,7 +802,7 @@ def find(measured, table, **where):
 
 def says(row):
     """'61 % (57 to 65)' of a row"""
-    if row is None or row["mean"] is None:
+    if row is None:
         return "not measured"
     return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * row[key] for key in ("mean", "lo", "hi")))
 
@@ -834,9 +837,9 @@ def caption_probes(measured):
             f"{rm('roles not reversed')}, no useless question {rm(chr(34) + 'what should i do?' + chr(34) + ' not appended')}. By "
             f"intervals above 50 % it is {shown('missing fact added')}shown that ours notices whether a fact is stated, and "
             f"{shown('planted wrong fact corrected')}shown that it checks it against the post. Bias to length: where the gold judge sees "
-            f"no difference the longer of two SFT samples is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers "
+            f"no difference the longer of two SFT samples (of test and held-out posts) is preferred by the reward model on {length(RM_SIZES['default'])}, by labelers "
             f"on {length('labelers')}. The world made the edits, and the judge found each an improvement; he does not mind an empty phrase "
-            "or the order of sentences, where 50 % is right. Labelers: the probability that a worker prefers the first. "
+            "or the order of sentences, where 50 % is right. Labelers, on the left: the probability that a worker prefers the first. "
             + basis(measured))
 
 
@@ -893,13 +896,13 @@ def caption_critics(measured):
 
     def accuracy(judge, model="reward model"):
         return says(find(measured, "accuracy", model=model, judge=judge))
-    return (f"Not in the papers; their critics asked for it. Left: the same {measured['facts']['labels']} labels, used without PPO. "
+    return (f"Not in the papers; their critics asked for it. Left: the same labels ({measured['facts']['labels']:,} of the last seed), used without PPO. "
             f"Preferred to the reference by the gold judge: SFT {of('sft')}, trained on with samples and references that won more "
             f"comparisons than they lost {of('preferred')}, with the most preferred of each post {of('most-preferred')}, with the reward "
-            f"model's favourite of {BEST_OF} samples {of('best-of-n')}; PPO {of('ppo')}. All start from the SFT model, the "
+            f"model's favourite of {BEST_OF} samples {of('favourite')}; PPO {of('ppo')}. All start from the SFT model, the "
             "supervised ones by its own recipe, one pass. Right, and by colour: judges who are not the training labelers, workers with "
             f"other weights for the facts. The reward model agrees with labels of the training labelers on "
-            f"{accuracy('training labelers')}, of the others on {accuracy('other labelers')} of held-out pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
+            f"{accuracy('training labelers')}, of the others on {accuracy('other labelers')} of held-out posts' pairs (InstructGPT 72.4 and 69.6 %), the gold judge on "
             f"{accuracy('training labelers', 'gold judge')} and {accuracy('other labelers', 'gold judge')}; PPO is preferred to the "
             f"reference by the training labelers on {of('ppo', 'training labelers')}, by the others on {of('ppo', 'other labelers')}. "
             "Labelers count with the probability that a worker prefers the text. Greedy decoding, best of n at the rollout temperature. "
@@ -918,7 +921,7 @@ def caption_ladder(measured):
             "robin of all policies on the same posts, a tie half a win for both; by the gold judge "
             + ", ".join(f"{ladder_name(r['policy'])} {r['elo']:.0f} ({r['lo']:.0f} to {r['hi']:.0f})" for r in gold) +
             f". From lowest to highest it is {far:.0f} points by the gold judge and {near:.0f} by labelers"
-            + (", whose noise makes games more even" if near < far else "") + ". Right: two labelers of one population "
+            + (", whose noise makes games more even" if near < far else "") + ". Right (SFT samples of test and held-out posts): two labelers of one population "
             f"agree on {agree('one policy (SFT)', 'labeler', 'labeler')} of pairs of SFT samples, a labeler and the gold judge on "
             f"{agree('one policy (SFT)', 'labeler', 'gold judge')}, the majority of three and the judge on "
             f"{agree('one policy (SFT)', 'majority of 3', 'gold judge')}; on texts of two policies "

@@ -5,7 +5,7 @@ The whole of "learning to summarize from human feedback" in one command, offline
     python run.py --seed 2 --ppo.beta 0.1
     python run.py --posts posts.jsonl --comparisons comparisons.jsonl      # OpenAI's formats
     python run.py summarize letter.txt # what has been trained summarizes a text of yours
-    python run.py figures              # every figure of the papers, with error bars
+    python run.py figures              # the papers' figures, with error bars
 
 Stages run in order and leave their results in the run's folder. The same command again goes on where it stopped; a folder
 made with other settings is refused.
@@ -153,7 +153,7 @@ PRESETS = {  # preset: {stage.setting: value}, everything else as the settings c
                    "pretrain.lr": 2e-3, "sft.epochs": 2, "sft.choose": "loss", "sft.lr": 3e-4,
                    "reward.batch": 4, "reward.lr": 1e-4, "reward.epochs": 3, "ppo.iterations": 10, "ppo.lr": 1e-4, "evaluation.best_of": 4},
     "gpt2-tldr": {"model.init": "gpt2", **GPT2_TLDR},
-    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True, "reward.batch": 16,
+    "gpt2-large-tldr": {"model.init": "gpt2-large", **GPT2_TLDR, "sft.micro": 8, "sft.recompute": True,
                         "reward.micro": 4, "ppo.batch": 256, "ppo.micro": 16, "ppo.recompute": True},  # for one card of 80 GB
     "gpt2-cnndm": {"model.init": "gpt2", **GPT2_TLDR, "data.task": "cnndm", "model.max_query": 500, "model.max_response": 75,
                    "ppo.temperature": 0.5},  # Ziegler's lengths and temperature: Stiennon's 1919 tokens do not fit into GPT-2
@@ -681,7 +681,7 @@ def run_pipeline(settings, seed, out, name, base=None, device="auto", until=None
 
 
 COMMANDS = {  # python run.py COMMAND: the module whose main(argv) it is, and what it does
-    "ablations": "the papers' ablations, in one table", "figures": "every figure of the papers, with error bars",
+    "ablations": "the papers' ablations, in one table", "figures": "the papers' figures, with error bars",
     "summarize": "a trained run summarizes a text of yours"}
 
 

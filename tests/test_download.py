@@ -2,6 +2,8 @@
 import hashlib
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -99,3 +101,19 @@ def test_the_table_of_files():
         assert sha256 is None or len(bytes.fromhex(sha256)) == 32
     assert all(download.FILES[f"gpt2{size}/{file}"][1] for size in ("", "-medium", "-large", "-xl") for file in ("config.json", "model.safetensors"))
     assert len({url for url, _ in download.FILES.values()}) == len(download.FILES)
+
+
+def test_files_are_fetched_from_a_shell(server):
+    """Catches a path that is not printed, a file fetched twice, and a wrong name or no network that end in a traceback."""
+    server.files["comparisons/batch3.json"] = b"{}\n"
+
+    def command(*names):
+        return subprocess.run([sys.executable, download.__file__, *names], capture_output=True, text=True,
+                              env={**os.environ, "RLHF_CACHE": str(server.cache), "RLHF_MIRROR": server.url})
+    for _ in range(2):
+        done = command("comparisons/batch3.json")
+        assert (done.returncode, done.stdout) == (0, f"{server.cache / 'comparisons' / 'batch3.json'}\n") and server.asked == [("comparisons/batch3.json", None)]
+    for name, says in (("batch3.json", "no public file 'batch3.json'"), ("comparisons/batch4.json", "HTTP 404")):
+        done = command(name)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    assert "labels/sentiment/offline_5k.json" in command("--help").stdout

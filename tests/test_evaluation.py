@@ -110,6 +110,8 @@ def test_intervals_over_posts_and_seeds_hold_what_they_say(seeds, sd):
     x = rng.normal(size=200)
     assert crossed_ci(x, range(200), [1] * 200) == pytest.approx(bootstrap_ci(x), abs=.02)
     assert crossed_ci([0.] * 9 + [1.] * 9, list(range(9)) * 2, [1] * 9 + [2] * 9) == [0, 1]
+    low, high = crossed_ci([0.] * 9 + [1.] * 9, list(range(9)) * 2, [1] * 9 + [2] * 9, choices=False)  # no share: may pass 0 and 1
+    assert low < -3 and high > 4
     low, high = crossed_ci([3., 5., 4.], [1, 1, 1], [1, 2, 3])
     assert (low, high) == pytest.approx((4 - 4.30 / 3**.5, 4 + 4.30 / 3**.5))
 

@@ -41,6 +41,8 @@ def test_columns_of_a_table_are_over_posts_and_seeds():
     row = figures.row_of({"x": values, "one": values[:1]})
     assert (row["x"], [row["x_low"], row["x_high"]]) == (pytest.approx(values.mean()), crossed_ci(values.ravel(), posts, seeds))
     assert [row["one_low"], row["one_high"]] == crossed_ci(values[0], range(40), [0] * 40)
+    row = figures.row_of({"kl": np.zeros((3, 40))}, choices=False) | figures.row_of({"gold": np.zeros((3, 40))})
+    assert (row["kl_low"], row["kl_high"]) == (0, 0) and row["gold_high"] > .05  # a measure that is 0 everywhere; choices that are all alike
 
 
 def test_points_per_doubling_recover_what_was_planted():
@@ -75,7 +77,7 @@ def test_where_the_curve_turns():
         facts = figures.turn(rows(*curves)) | dict.fromkeys(("posts", "posts_best_of_n", "seeds", "comparisons", "posts_compared",
                                                              "temperature", "drop", "drop_high"), 1) | {"drop_low": low}
         fits = [{"curve": c, "gain": "utility", "alpha": 1., "beta": 1.} for c in ("ppo", "best_of_n")]
-        return re.search(r"the turn (.*?)\. The dials", figures.caption_overoptimization({"facts": facts, "tables": {"fits": fits}}))[1]
+        return re.search(r"the turn (.*?)\. \(The best", figures.caption_overoptimization({"facts": facts, "tables": {"fits": fits}}))[1]
     facts = figures.turn(rows([.3, .6, .4], [.2, .7, .9]))
     assert [facts[k] for k in ("peak_iteration", "peak_gold", "peak_predicted", "last_iteration", "last_gold")] == [1, .6, .7, 2, .4]
     assert says([.3, .6, .4], [.2, .7, .9]) == "shows" and "not yet" in says([.3, .6, .4], [.2, .7, .9], low=-.1)
@@ -92,7 +94,7 @@ FIGURES = [figure for figure in figures.FIGURES if figure.name in MINE]
 def lab(tmp_path_factory):
     """The figures on the test preset, one seed."""
     out = tmp_path_factory.mktemp("figures") / "out"
-    figures.command([*MINE, "--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu", "--jobs", "1"])
+    figures.main([*MINE, "--preset", "test", "--seeds", "1", "--out", str(out), "--device", "cpu", "--jobs", "1"])
     return out
 
 
@@ -158,13 +160,13 @@ def test_measured_once_and_drawn_from_what_was_measured(lab, monkeypatch, capsys
     (lab / "axes.png").unlink()
     os.rename(lab / "runs", lab / "elsewhere")
     try:
-        figures.command(["axes", "preference", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])
+        figures.main(["axes", "preference", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])
     finally:
         os.rename(lab / "elsewhere", lab / "runs")
     assert (lab / "axes.png").read_bytes() == before and "measured before" in capsys.readouterr().out
     (lab / "axes.json").unlink()
     changed = {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")}
-    figures.command(["axes", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])  # its runs are there
+    figures.main(["axes", "--preset", "test", "--seeds", "1", "--out", str(lab), "--device", "cpu"])  # its runs are there
     assert changed == {file: file.stat().st_mtime_ns for file in (lab / "runs").rglob("model.safetensors")} and (lab / "axes.json").exists()
 
 
@@ -189,6 +191,12 @@ def test_a_stop_before_the_picture(tmp_path, monkeypatch):
     figures.draw_all(lab, mine[1:])
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes() == b"\x89PNG whole"
     assert (tmp_path / "one-t.csv").exists() and (tmp_path / "report.html").read_text().count("data:image/png") == 2
+
+
+def test_the_kl_of_no_update_has_no_width(lab):
+    """Catches a measure that is 0 everywhere taken for choices that all went one way."""
+    first, *_, last = json.loads((lab / "overoptimization.json").read_text())["tables"]["ppo"]
+    assert (first["kl"], first["kl_low"], first["kl_high"]) == (0, 0, 0) and last["kl_low"] < last["kl"] < last["kl_high"]
 
 
 def test_a_run_is_made_by_one_process(tmp_path, monkeypatch):
@@ -231,11 +239,12 @@ def test_two_figures_at_a_time(lab, tmp_path):
     stranger = tmp_path / "runs" / "medium-data.news=0.25"
     shutil.copytree(lab / "runs" / "small", stranger)
     with pytest.raises(DataError, match="medium-data.news=0.25"):
-        figures.command(["axes", "curves", "transfer", "--preset", "test", "--seeds", "1", "--out", str(tmp_path), "--base",
-                         str(lab / "runs" / "default"), "--device", "cpu", "--jobs", "2"])
+        figures.main(["axes", "curves", "transfer", "--preset", "test", "--seeds", "1", "--out", str(tmp_path), "--base",
+                      str(lab / "runs" / "default"), "--device", "cpu", "--jobs", "2"])
     log = (tmp_path / "axes.log").read_text() + (tmp_path / "curves.log").read_text()
     assert log.count("] ppo: PPO") == log.count("] evaluation: Summaries") == 1 and log.count("] ppo: done before") == 1
     assert (tmp_path / "axes.png").exists() and (tmp_path / "curves.png").exists() and not (tmp_path / "transfer.json").exists()
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 2  # of what there is
 
 
 def test_one_base_and_seeds_above_it(lab):
@@ -246,13 +255,16 @@ def test_one_base_and_seeds_above_it(lab):
                     ("default-seed1-collect.posts=8", "default-seed1"))
     posts = [{json.loads(line)["info"]["id"] for line in lines if json.loads(line)["split"] == "train"} for lines in (weak, strong)]
     assert posts[0] < posts[1] and len(posts[0]) == 8
+    few = {path.name for path in (lab / "runs").glob("*-comparisons-of-*")}  # of all posts the default size's is the seed's own reward model
+    assert {f"default-seed1-comparisons-of-{n}-posts" for n in (4, 16)} & few == {"default-seed1-comparisons-of-4-posts"}
+    assert "small-seed1-comparisons-of-16-posts" in few
 
 
 def test_bad_options_are_one_sentence(lab, tmp_path):
     for argv, says in ((["nothing"], "no figure 'nothing'"), (["--seeds", "a"], "whole numbers"), (["--seeds", "-1"], "whole numbers"), (["--jobs", "0"], "1 or more"),
                        (["--out", str(lab), "--preset", "test", "--seeds", "2"], "was made with seeds")):
         with pytest.raises(DataError, match=says):
-            figures.command(argv + ([] if "--out" in argv else ["--out", str(tmp_path / "x")]))
+            figures.main(argv + ([] if "--out" in argv else ["--out", str(tmp_path / "x")]))
     assert not (tmp_path / "x").exists()
     assert seed_list("2,1,2") == [2, 1]  # one seed twice would be two that agree
     (tmp_path / "axes.json").write_text("{")
@@ -263,13 +275,29 @@ def test_bad_options_are_one_sentence(lab, tmp_path):
 def test_a_base_of_another_seed_is_refused(lab, tmp_path):
     """Catches sizes that do not share posts and tokenizer: with a base of another seed the default size alone would have its."""
     def command(seeds):
-        figures.command(["axes", "--preset", "test", "--seeds", seeds, "--out", str(tmp_path / "x"), "--base", str(lab / "runs" / "default")])
+        figures.main(["axes", "--preset", "test", "--seeds", seeds, "--out", str(tmp_path / "x"), "--base", str(lab / "runs" / "default")])
     with pytest.raises(DataError, match=r"is a run of seed 1 and the first of --seeds is 2.*this seed first"):
         command("2,1")
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "axes.json").write_text((lab / "axes.json").read_text())  # nothing is left to be measured
     command("1,2")
+
+
+def test_a_base_with_nothing_to_take_over_is_refused(lab, tmp_path):
+    """Catches a base whose posts are others, or fewer than are labelled: everything would silently be trained again."""
+    shutil.copytree(lab / "runs" / "default", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    for part, key, value, says in (("data", "test", 99, "--data.test 12` makes one"), ("collect", "posts", 15, "run.py --collect.posts 16`"),
+                                   ("collect", "posts", 17, None)):
+        file.write_text(json.dumps(config | {"settings": config["settings"] | {part: config["settings"][part] | {key: value}}}))
+        if says:
+            with pytest.raises(DataError, match=says):
+                figures.main(["axes", "--preset", "test", "--seeds", "1", "--out", str(tmp_path / "x"), "--base", str(tmp_path / "base")])
+        else:
+            figures.check_base(figures.make_lab(str(tmp_path / "x"), [1], preset_name="test", given=str(tmp_path / "base")))
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_band_of_healthy_curves(tmp_path, monkeypatch):

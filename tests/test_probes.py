@@ -327,7 +327,7 @@ def test_figures_are_drawn_from_rows_alone(name, tmp_path, monkeypatch):
         "critics": {"win-rates": [{"policy": p, "judge": j, **row} for p in probes.RIVALS for j, _, _ in probes.JUDGES],
                     "accuracy": [{"model": m, "judge": j, **row} for m in ("reward model", "gold judge") for j, _, _ in probes.JUDGES[1:]]},
         "ladder": {"elo": [{"judge": j, "policy": p, "elo": 1000 + 9 * i, "lo": 990, "hi": 1100, "n": 9} for j in ("gold judge", "labelers")
-                           for i, p in enumerate(("reference", "ppo", "ppo, small", "best-of-n"))],
+                           for i, p in enumerate(("reference", "ppo", "ppo, small", "favourite"))],
                    "agreement": [{"pairs": p, "judge": "labeler", "other": o, **row} for p in ("one policy (SFT)", "two policies")
                                  for o in ("labeler", "gold judge")]}}[name]
     facts = {"posts": 40, "seeds": 2, "copy_bias": 9., "longer": {"ppo.lr": 4e-4}, "labels": 77, **{f"novelty_ratio_{start}": .4 for start in starts}}

@@ -27,6 +27,8 @@ def test_readme_commands_run(tmp_path):
         words[0] = sys.executable
         if {"--posts", "--text", "--comparisons", "summarize"} & set(words):
             continue  # needs the reader's own files; tests/test_pipeline.py, test_real.py and test_summarize.py make some
+        if words[1] == "download.py":
+            continue  # needs a network; tests/test_download.py has a server
         if words[1] == "run.py" and ("--preset" in words or words[2:3] in (["figures"], ["ablations"])):
             continue  # minutes to hours; their own tests run them small
         if words[1] == "run.py" and "--preset" not in words:
