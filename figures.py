@@ -652,7 +652,7 @@ FIGURES = [
     Figure("agreement", "Who agrees with whom (Stiennon 2020, tables 20 and 22)", probes.measure_agreement, probes.draw_agreement,
            probes.caption_agreement, 0.8),
     Figure("copying", "Novelty, accuracy and where summaries copy from (Ziegler 2019, tables and pictures of copying)", probes.measure_copying,
-           probes.draw_copying, probes.caption_copying, 14),
+           probes.draw_copying, probes.caption_copying, 15),
     Figure("critics", "The same labels without PPO, and judges who did not train it (asked by critics; InstructGPT 2022, section 4.1)",
            probes.measure_critics, probes.draw_critics, probes.caption_critics, 2.5),
     Figure("ladder", "Elo ladder of all policies, and who agrees with whom (Stiennon 2020, appendix C)", probes.measure_ladder,
