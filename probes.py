@@ -776,7 +776,9 @@ def draw_ladder(measured, path):
             point(left, None, i - .2 * (k - .5), rows[name, judge], colour, marker, judge if i == 0 else None, key="elo")
     left.axvline(1000, color=GREY, ls="--", lw=1)
     left.set_yticks(range(len(names)), [ladder_name(n) for n in names])
-    left.set(xlabel="Elo rating (reference = 1000; 400 points are odds of 10 to 1)")
+    elos = [r["elo"] for r in measured["tables"]["elo"]]  # whoever wins or loses all has an interval without end, which may leave the picture
+    low, high = max(left.get_xlim()[0], min(elos) - 400), min(left.get_xlim()[1], max(elos) + 400)
+    left.set(xlabel="Elo rating (reference = 1000; 400 points are odds of 10 to 1)", xlim=(low, high))
     left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     agreement = {(r["pairs"], r["judge"], r["other"]): r for r in measured["tables"]["agreement"]}
     kinds = [("labeler", "labeler"), ("labeler", "other labeler"), ("other labeler", "other labeler"), ("labeler", "gold judge"),
