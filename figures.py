@@ -32,6 +32,7 @@ import torch
 from safetensors import safe_open
 
 import probes
+import real
 import world
 from data import DataError, decode_response, encode_query, encode_response, one_at_a_time, save_json_lines, write_atomic
 from estimate import show_time
@@ -39,7 +40,7 @@ from evaluation import (BLUE, GREEN, GREY, LABELS, ORANGE, PPO_CURVES, PURPLE, R
                         draw_curves, greedy_texts, lead3, length_controlled_win_rate, markdown_table, new_figure, once, read_samples, reward_margins,
                         rouge, sampled_kl, save_csv, save_figure, trained_by, wins)
 from reward import normalising_rows, sample_responses, score_all, split_comparisons, train_reward
-from run import preset, run_pipeline
+from run import preset, run_pipeline, same_stages
 from sft import Parser, load_model, open_run, pick_device, read_metrics, seed_list
 
 # name; title with the paper's own number; measure(lab) -> {"tables": {table: [flat dict]}, "facts": {name: number}};
@@ -763,13 +764,15 @@ def open_lab_folder(out, config):
 
 
 def check_base(lab):
-    """Refuses a given run of which the default size could take nothing over."""
-    theirs, ours = open_run(lab.given).config["settings"], dataclasses.asdict(lab_settings(lab, "default", {}))
+    """Refuses a given run whose pretrained and SFT model the default size could not take over."""
+    config, ours = open_run(lab.given).config, dataclasses.asdict(lab_settings(lab, "default", {}))
+    if "sft" in same_stages(lab.given, config, {**config, **dict.fromkeys(real.FILES), "settings": ours}):
+        return
+    theirs = config["settings"]
     differ = [f"--{part}.{key} {value}" for part in ("model", "data", "pretrain", "sft") for key, value in ours[part].items()
               if theirs[part].get(key, value) != value]
     differ += [f"--collect.{key} {ours['collect'][key]}" for key in ("posts", "held_out_posts") if theirs["collect"][key] < ours["collect"][key]]
-    if differ:
-        raise DataError(f"--base {lab.given} is not the figures' model of the default size; `python run.py {' '.join(differ)}` makes one")
+    raise DataError(f"--base {lab.given} is not the figures' model of the default size; `{' '.join(['python run.py', *differ])}` makes one")
 
 
 def main(argv):

@@ -553,14 +553,14 @@ def supervised_rivals(lab, run, seed, device):
     choice among samples, made once. -> {name: texts for the test posts}, number of labels"""
     comparisons, _ = load_comparisons(os.path.join(run.folder, "comparisons.jsonl"))
     train = [c for c in comparisons if c["split"] == "train"]
-    sft, reward_model = (load_model(os.path.join(run.folder, name), device, head) for name, head in (("sft", "lm"), ("reward", "scalar")))
-
-    def best(posts):
-        return best_samples(run, sft, reward_model, posts, temperature_of(run), BEST_OF, generator_of(run))
-    rows = {"preferred": lambda: preferred(train), "most-preferred": lambda: most_preferred(train),
-            "favourite": lambda: best([post for post, _ in win_shares(train)])}
 
     def texts():
+        sft, reward_model = (load_model(os.path.join(run.folder, name), device, head) for name, head in (("sft", "lm"), ("reward", "scalar")))
+
+        def best(posts):
+            return best_samples(run, sft, reward_model, posts, temperature_of(run), BEST_OF, generator_of(run))
+        rows = {"preferred": lambda: preferred(train), "most-preferred": lambda: most_preferred(train),
+                "favourite": lambda: best([post for post, _ in win_shares(train)])}
         models = {name: train_supervised(run, of, os.path.join(lab.out, "runs", f"supervised-{name}-seed{seed}"), device) for name, of in rows.items()}
         return {name: greedy_texts(run, model, run.posts["test"]) for name, model in models.items()} | {
             "best_of_n": [text for _, text in best(run.posts["test"])]}

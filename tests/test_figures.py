@@ -290,13 +290,16 @@ def test_a_base_with_nothing_to_take_over_is_refused(lab, tmp_path):
     file = tmp_path / "base" / "config.json"
     config = json.loads(file.read_text())
     for part, key, value, says in (("data", "test", 99, "--data.test 12` makes one"), ("collect", "posts", 15, "run.py --collect.posts 16`"),
-                                   ("collect", "posts", 17, None)):
+                                   ("sft", "lr", .5, r"run.py --sft.lr \S+` makes one"), ("collect", "posts", 17, None)):
         file.write_text(json.dumps(config | {"settings": config["settings"] | {part: config["settings"][part] | {key: value}}}))
         if says:
             with pytest.raises(DataError, match=says):
                 figures.main(["axes", "--preset", "test", "--seeds", "1", "--out", str(tmp_path / "x"), "--base", str(tmp_path / "base")])
         else:
             figures.check_base(figures.make_lab(str(tmp_path / "x"), [1], preset_name="test", given=str(tmp_path / "base")))
+    file.write_text(json.dumps(config | {"posts": "posts.jsonl"}))  # of a file, with the same settings
+    with pytest.raises(DataError, match="`python run.py` makes one"):
+        figures.check_base(figures.make_lab(str(tmp_path / "x"), [1], preset_name="test", given=str(tmp_path / "base")))
     assert not (tmp_path / "x").exists()
 
 

@@ -291,6 +291,17 @@ def test_an_interval_of_ratings_is_for_other_seeds_too():
     assert b["hi"] - b["elo"] > 4.30 * spread / math.sqrt(3)
 
 
+def test_an_interval_without_end_does_not_flatten_the_ladder(monkeypatch):
+    """Catches a picture as wide as the interval of a policy that lost every game, and one that cuts off ordinary intervals."""
+    seen = []
+    monkeypatch.setattr(probes, "save_figure", lambda figure, path: seen.append(figure.axes[0].get_xlim()))
+    for lo, hi in ((-25000, 25000), (150, 250)):
+        rows = [{"judge": judge, "policy": policy, "elo": elo, "lo": low, "hi": high} for judge in ("gold judge", "labelers")
+                for policy, elo, low, high in (("reference", 1000, 1000, 1000), ("sft", 200, lo, hi))]
+        probes.draw_ladder({"tables": {"elo": rows, "agreement": []}}, "nowhere")
+    assert seen[0] == (-200, 1400) and -200 < seen[1][0] < 150 and 1000 < seen[1][1] < 1400
+
+
 def test_identical_policies_share_a_rung():
     """Catches ties that go to the one named first."""
     def prefers(post, x, y):  # y beats x on three posts of four
