@@ -43,6 +43,12 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768  # d
     eos: int = 50256  # written to config.json so that other programs know where a text ends
+    activation: str = "gelu_new"  # Hugging Face's names: GPT-2's own, or "gelu", for models from scratch (GELU says why)
+
+
+# GELU(x) = x Φ(x), Φ the normal distribution function (Hendrycks & Gimpel 2016). GPT-2 replaces Φ by a formula with tanh, off by
+# 5e-4 at most, for which PyTorch has a slow kernel on CPUs: three times the exact one's time, a tenth of a whole training step.
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json's name: F.gelu's `approximate`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,12 +70,12 @@ def keep_freed_memory():
 
     By default it gives large blocks back and asks for them again at the next step, and the system hands them out zeroed, page by
     page: of a training step on a CPU that was 10 to 20 %."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows and musl have none
         return False
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0) and mallopt(M_ARENA_MAX, 1))  # one heap for all threads
 
 
 def round_up(n, multiple):
@@ -81,29 +87,62 @@ def round_up(n, multiple):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention: the specification
 
+def attention_weights(q, k):
+    """softmax(q kᵀ / √D + mask), causal. q [N, T, D], k [N, S, D] -> [N, T, S]; the T <= S queries are the last ones of the row."""
+    T, S = q.shape[1], k.shape[1]
+    mask = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)  # keys behind a query: the future
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1])).softmax(-1)  # scale, product, mask in one pass
+
+
 def plain_attention(q, k, v):
     """Causal attention, softmax(q kᵀ / √D + mask) v. k, v [B, H, S, D], q [B, H, T, D] -> [B, H, T, D]; the T <= S queries
     are the last ones of the row."""
-    B, H, T, D = q.shape
-    S = k.shape[2]
-    mask = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)  # keys behind a query: the future
-    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # one pass for scale, product and mask
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
+    return (attention_weights(q.flatten(0, 1), k.flatten(0, 1)) @ v.flatten(0, 1)).view(q.shape)
+
+
+class AttentionInParts(torch.autograd.Function):
+    """plain_attention as a CPU likes it: a few rows at a time, so that their scores stay in the processor's cache (`most` of them), of
+    long rows a strip of queries, whose product leaves out the keys behind its last query, and no part is joined or split again:
+    each writes where its numbers belong. The backward pass, of p = softmax(q kᵀ / √D) and o = p v:
+
+        dv = pᵀ do,   dp = do vᵀ,   ds = p (dp - rowsum(p dp)),   dq = ds k / √D,   dk = dsᵀ q / √D"""
+
+    @staticmethod
+    def forward(ctx, q, k, v, most, strip):
+        (B, H, T, D), S = q.shape, k.shape[2]
+        n, kept, ctx.parts = max(1, most // (H * T * S)), [], []
+        o = q.new_empty(B, T, H, D).transpose(1, 2)  # in memory as [B, T, H, D]: the caller joins the heads without a copy
+        for b in range(0, B, n):
+            for t in reversed(range(0, T, strip)):
+                queries, keys = (slice(b, b + n), slice(None), slice(t, t + strip)), (slice(b, b + n), slice(None), slice(S - T + min(t + strip, T)))
+                qi, kj, vj = (x.reshape(-1, x.shape[2], D) for x in (q[queries], k[keys], v[keys]))
+                p = attention_weights(qi, kj)
+                o[queries] = (p @ vj).view(o[queries].shape)
+                if any(ctx.needs_input_grad):
+                    ctx.parts.append((queries, keys))
+                    kept += [qi, kj, vj, p]
+        ctx.save_for_backward(*kept)
+        ctx.shapes = q.shape, k.shape
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        (B, H, T, D), (_, _, S, _) = ctx.shapes
+        dq, dk, dv = (do.new_empty(B, n, H, D).transpose(1, 2) for n in (T, S, S))
+        for i, (queries, keys) in enumerate(ctx.parts):
+            q, k, v, p = ctx.saved_tensors[4 * i:4 * i + 4]
+            doi = do[queries].reshape(q.shape)
+            ds = torch._softmax_backward_data(doi @ v.transpose(1, 2), p, -1, p.dtype).mul_(1 / math.sqrt(D))
+            dq[queries] = (ds @ k).view(dq[queries].shape)
+            for dx, add in (dk, ds.transpose(1, 2) @ q), (dv, p.transpose(1, 2) @ doi):
+                add = add.view(dx[keys].shape)
+                dx[keys] = add if add.shape[2] == S else add.add_(dx[keys])  # a row's last strip, which sees all keys, comes first
+        return dq, dk, dv, None, None
 
 
 def attention_in_parts(q, k, v, most=2**20, strip=256):
-    """plain_attention on a CPU: a few rows at a time, so that their scores stay in the processor's cache (`most` of them), and of
-    long rows a strip of queries, whose product leaves out the keys behind its last query."""
-    H, T, S = q.shape[1], q.shape[2], k.shape[2]
-
-    def strips(q, k, v):
-        return torch.cat([plain_attention(part, k[:, :, :end], v[:, :, :end]) for part, end in
-                          zip(q.split(strip, 2), [*range(S - T + strip, S, strip), S])], 2)
-
-    rows = max(1, most // (H * T * S))
-    return torch.cat([strips(*part) if T > strip else plain_attention(*part)
-                      for part in zip(q.split(rows), k.split(rows), v.split(rows))])
+    return AttentionInParts.apply(q, k, v, most, strip)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,7 +473,7 @@ class LogPi(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x)): pre-LN, tanh GELU."""
+    """x + attention(LN(x)), then x + MLP(LN(x)): pre-LN, GELU."""
 
     def __init__(self, c):
         super().__init__()
@@ -445,20 +484,22 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(c.n_embd, eps=1e-5)
         self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd)
         self.mlp_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+        self.approximate = GELU[c.activation]
         self.dropout = 0.0  # on what each half adds; sft.dropout turns it on for a training step, and off again
 
     def mlp(self, x):
-        return x + F.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")), self.dropout, self.training)
+        return x + F.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate=self.approximate)), self.dropout, self.training)
 
     def forward(self, x, rows=None, columns=None):
         """x [B, T, d] -> [B, T, d], or [N, d] at (rows [N], columns [N]) alone: the last block's answer is read at few."""
         B, T, d = x.shape
-        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = (z.view(B, T, self.n_head, d // self.n_head).transpose(1, 2) for z in self.c_attn(self.ln_1(x)).split(d, -1))
         # the queries before the first column are left out where that costs no waiting for a GPU
         first = int(columns.min()) // 16 * 16 if rows is not None and x.device.type == "cpu" else 0
         a = attention(q[:, :, first:], k, v).transpose(1, 2).reshape(B, T - first, d)
         if rows is not None:
-            x, a = x[rows, columns], a[rows, columns - first]
+            # as an embedding: the gradient of x[rows, columns] is made by one thread
+            x, a = F.embedding(rows * T + columns, x.view(-1, d)), F.embedding(rows * (T - first) + columns - first, a.view(-1, d))
         return self.mlp(x + F.dropout(self.attn_proj(a), self.dropout, self.training))
 
     def branch(self, x, y, visible, at=None):
@@ -664,7 +705,7 @@ class GPT(nn.Module):
         kind = "GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"
         config = {"model_type": "gpt2", "architectures": [kind], "vocab_size": c.vocab_size, "n_positions": c.n_positions,
                   "n_ctx": c.n_positions, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
-                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bos_token_id": c.eos, "eos_token_id": c.eos,
+                  "activation_function": c.activation, "layer_norm_epsilon": 1e-5, "bos_token_id": c.eos, "eos_token_id": c.eos,
                   "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True}
         if self.score is not None:
             config["num_labels"] = 1
@@ -729,7 +770,7 @@ def read_config(c, path):
     for field in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
         if type(c.get(field)) is not int or c[field] < 1:
             raise ValueError(f"{path}: {field} must be a whole number above 0, found {c.get(field)!r}")
-    for field, allowed in {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    for field, allowed in {"model_type": ("gpt2",), "activation_function": tuple(GELU),
                            "layer_norm_epsilon": (1e-5,), "n_inner": (None, 4 * c["n_embd"]), "scale_attn_weights": (True,),
                            "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
                            "tie_word_embeddings": (True,)}.items():  # absent means the first
@@ -740,7 +781,8 @@ def read_config(c, path):
     eos = c.get("eos_token_id", GPTConfig.eos)
     if type(eos) is not int:
         raise ValueError(f"{path}: eos_token_id must be one whole number, found {eos!r}")
-    return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], eos)
+    activation = c.get("activation_function", GPTConfig.activation)
+    return GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"], eos, activation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,7 +814,8 @@ class Sampler:
 
     The rows in work, N = P·m, are m samples of each of P queries: n of B at first, fewer where drop_finished() lets some go.
     The cache has two parts: `past`, keys and values of the queries, which all samples of a query read in one product, and
-    `own`, those of the responses, in which token t of every row stands in column t.
+    `own`, those of the responses, in which token t of every row stands in the same column. Where n is 1 nobody shares: past is
+    empty, and the query stands in own, before the response.
 
     Caveats: draws from the whole softmax (no top-k, no top-p); the cache is made for all R tokens at once; a step is rounded
     otherwise than the training forward (on a CPU it is in float32 whatever amp_dtype is), and so are the logprobs."""
@@ -783,16 +826,19 @@ class Sampler:
         self.model, self.tokens, self.lengths, self.R, self.n = model, tokens, lengths, R, n
         self.temperature, self.eos, self.static, self.m = temperature, eos, static, n
         self.dtype = torch.float32 if device.type == "cpu" else model.amp_dtype  # a few rows gain nothing from bf16 on a CPU
-        self.past = torch.empty(c.n_layer, 2, B, H, Q16, D, dtype=self.dtype, device=device)
+        shared = Q16 if n > 1 else 0
+        self.past = torch.empty(c.n_layer, 2, B, H, shared, D, dtype=self.dtype, device=device)
+        self.own = torch.empty(c.n_layer, 2, B * n, H, Q16 - shared + R, D, dtype=self.dtype, device=device)
+        self.own[:, :, :, :, -R:] = 0  # what the mask hides must be finite all the same
+        self.keys, self.values = self.views()
+        self.mask = torch.where(torch.arange(Q16 + R, device=device) < lengths[:, None], 0.0, -math.inf).to(self.dtype)[:, None, None]
         self.x = self.prefill()  # [N, d] what y_t is drawn from. Before the rest: whole queries take memory
         self.layers, self.wte = self.weights_in(self.dtype), model.wte.weight.to(self.dtype)
         self.row = torch.arange(B * n, device=device)  # [N] where in the batch it stands
         self.alive = torch.ones(B * n, dtype=torch.bool, device=device)  # [N] no EOS yet
         self.position = lengths.repeat_interleave(n)  # [N] of y_t
-        self.t = torch.zeros(1, dtype=torch.long, device=device)  # a tensor, so that a CUDA graph can count
+        self.step, self.t = 0, torch.zeros(1, dtype=torch.long, device=device)  # the latter so that a CUDA graph can count
         self.token = torch.zeros(B * n, dtype=torch.long, device=device)  # [N] y_t
-        self.own = torch.zeros(c.n_layer, 2, B * n, H, R, D, dtype=self.dtype, device=device)
-        self.mask = torch.where(torch.arange(Q16 + R, device=device) < lengths[:, None], 0.0, -math.inf).to(self.dtype)[:, None, None]
         self.uniform = torch.rand(B * n, R, generator=generator).to(device)  # this and the next two: of the whole batch
         self.sampled = torch.zeros(B * n, R, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(B * n, R, device=device)
@@ -801,6 +847,7 @@ class Sampler:
         """R times: choose y_t of every row, then read it. -> what GPT.generate returns"""
         graph = None
         for step in range(self.R):
+            self.step = step
             if self.eos is not None and step and (not self.static or step % 8 == 0):  # on a GPU asking means waiting for it
                 if not self.alive.any():
                     break
@@ -818,18 +865,26 @@ class Sampler:
                 self.read()
         return self.result()
 
-    def prefill(self):
-        """Read each query once, whatever n is, into past [L, 2, B, H, Q16, D]. -> x [B·n, d], from which y_0 is drawn"""
-        model, (B, H, Q16, D) = self.model, self.past.shape[2:]
+    def views(self):
+        """own as the products of a step read it: of each layer kᵀ [N·H, D, S] and v [N·H, S, D]"""
+        return self.own[:, 0].flatten(1, 2).transpose(2, 3).unbind(), self.own[:, 1].flatten(1, 2).unbind()
 
-        def attend(i, q, k, v):
-            q, k, v = (a.view(B, Q16, H, D).transpose(1, 2) for a in (q, k, v))
-            self.past[i, 0], self.past[i, 1] = k, v
-            return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
+    def prefill(self):
+        """Read each query once, whatever n is, into past or own. -> x [B·n, d], from which y_0 is drawn"""
+        model, B, (H, _, D), Q16 = self.model, len(self.tokens), self.own.shape[3:], self.mask.shape[3] - self.R
+        cache = self.past if self.past.shape[4] else self.own[:, :, :, :, :Q16]
+        row, last = torch.arange(B, device=model.device), self.lengths - 1
+
+        def attend(i, qkv):
+            q, k, v = qkv.view(B, Q16, 3, H, D).permute(2, 0, 3, 1, 4)
+            cache[i, 0], cache[i, 1] = k, v
+            if i < len(cache) - 1:
+                return attention(q, k, v).transpose(1, 2).reshape(-1, H * D)
+            q = q[row, :, last, None] / math.sqrt(D)  # behind the last layer only the last token is read
+            return ((q @ k.transpose(2, 3) + self.mask[..., :Q16].to(q.dtype)).softmax(-1) @ v).view(-1, H * D)
 
         x = (model.wte(F.pad(self.tokens, (0, Q16 - self.tokens.shape[1]))) + model.wpe.weight[:Q16]).flatten(0, 1)
-        last = torch.arange(B, device=x.device) * Q16 + self.lengths - 1
-        return self.through_blocks(x, self.weights_in(model.amp_dtype), attend, last).repeat_interleave(self.n, 0)
+        return self.through_blocks(x, self.weights_in(model.amp_dtype), attend, row * Q16 + last).repeat_interleave(self.n, 0)
 
     def choose(self):
         """y_t [N] from x [N, d], and its log-probability."""
@@ -850,25 +905,30 @@ class Sampler:
 
     def read(self):
         """Take y_t in: x [N, d] becomes the hidden state before y_{t+1}."""
-        self.mask.index_fill_(3, self.past.shape[4] + self.t, 0)
+        self.mask.index_fill_(3, self.mask.shape[3] - self.R + self.t, 0)
         x = self.model.wte(self.token) + self.model.wpe(self.position)
         self.x.copy_(self.through_blocks(x, self.layers, self.attend))
         self.position.add_(1)
         self.t.add_(1)
 
-    def attend(self, i, q, k, v):
-        """Layer i's attention from y_t to its query and its response so far; q, k, v [N, d] -> [N, d]. The whole cache is read each
+    def attend(self, i, qkv):
+        """Layer i's attention from y_t to its query and its response so far; qkv [N, 3d] -> [N, d]. The whole cache is read each
         time, columns to come under the mask [P, 1, 1, Q16 + R]: products with a part of it would first copy that part."""
-        (P, H, Q16, D), m, R, past, own = self.past.shape[2:], self.m, self.R, self.past[i], self.own[i]
-        own[0].index_copy_(2, self.t, k.view(-1, H, 1, D))
-        own[1].index_copy_(2, self.t, v.view(-1, H, 1, D))
-        q = q.view(-1, H, 1, D) / math.sqrt(D)
+        (N, H, S, D), m, past, own = self.own.shape[2:], self.m, self.past[i], self.own[i]
+        q, kv = qkv[:, :H * D].view(N, H, D) / math.sqrt(D), qkv.view(N, 3, H, D)[:, 1:].transpose(0, 1)
+        if self.static:
+            own.index_copy_(3, S - self.R + self.t, kv[:, :, :, None])
+        else:
+            own.select(3, S - self.R + self.step).copy_(kv)  # in a third of the time
+        to_self = torch.bmm(q.view(N * H, 1, D), self.keys[i]).view(N, H, 1, S)
+        if self.past.shape[4] == 0:
+            return torch.bmm(to_self.add_(self.mask).softmax(-1).view(N * H, 1, S), self.values[i]).view(N, H * D)
+        P, Q16 = N // m, past.shape[3]
         to_query = q.view(P, m, H, D).transpose(1, 2) @ past[0].transpose(-1, -2)  # [P, H, m, Q16]
-        to_self = (q @ own[0].transpose(-1, -2)).view(P, m, H, R).transpose(1, 2)  # [P, H, m, R]
-        weights = (torch.cat([to_query, to_self], -1) + self.mask).softmax(-1)
+        weights = torch.cat([to_query, to_self.view(P, m, H, S).transpose(1, 2)], -1).add_(self.mask).softmax(-1)
         from_query = (weights[..., :Q16] @ past[1]).transpose(1, 2)  # [P, m, H, D]
-        from_self = weights[..., Q16:].transpose(1, 2).reshape(-1, H, 1, R) @ own[1]
-        return from_query.reshape(-1, H * D) + from_self.view(-1, H * D)
+        from_self = torch.bmm(weights[..., Q16:].transpose(1, 2).reshape(N * H, 1, S), self.values[i])
+        return from_query.reshape(N, H * D) + from_self.view(N, H * D)
 
     def drop_finished(self):
         """Go on with fewer queries, fewer samples of each, in steps: a bf16 library compiles kernels for each new shape."""
@@ -883,6 +943,7 @@ class Sampler:
             keep = (query[:, None] * m + sample).flatten()
             self.x, self.row, self.alive, self.position = self.x[keep], self.row[keep], self.alive[keep], self.position[keep]
             self.token, self.own, self.m = self.token[keep], self.own[:, :, keep], m_left
+            self.keys, self.values = self.views()
             if P_left < P:
                 self.past, self.mask = self.past[:, :, query], self.mask[query]
 
@@ -903,13 +964,12 @@ class Sampler:
 
     def through_blocks(self, x, layers, attend, at=None):
         """Block.forward and the final layer norm for rows side by side, x [N, d] in float32, with weights_in(dtype) as `layers` and
-        attend(i, q, k, v), all [N, d], as layer i's attention. -> [N, d], or the rows `at` of it alone"""
+        attend(i, qkv [N, 3d]) as layer i's attention. -> [N, d], or the rows `at` of it alone, as the last layer's attend has done it"""
         for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.model.blocks, layers)):
-            q, k, v = F.linear(block.ln_1(x).to(w1.dtype), w1, b1).chunk(3, -1)
-            a = attend(i, q, k, v)
+            a = attend(i, F.linear(block.ln_1(x).to(w1.dtype), w1, b1))
             if at is not None and i == len(layers) - 1:
-                x, a = x[at], a[at]
-            x = x + F.linear(a, w2, b2)
-            h = F.gelu(F.linear(block.ln_2(x).to(w3.dtype), w3, b3), approximate="tanh")
-            x = x + F.linear(h, w4, b4)
+                x = x[at]
+            x += F.linear(a, w2, b2)
+            h = F.gelu(F.linear(block.ln_2(x).to(w3.dtype), w3, b3), approximate=block.approximate)
+            x += F.linear(h, w4, b4)
         return self.model.ln_f(x)

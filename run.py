@@ -331,7 +331,7 @@ def model_config(m, enc, Q, R):
     """The shape of the language model: of the weights that are given, else of the settings."""
     if m.init:
         return real.check_init(m.init, enc, Q, R)
-    return GPTConfig(enc.n_vocab, Q + max(R, 96), m.n_layer, m.n_head, m.n_embd, enc.n_vocab - 1)
+    return GPTConfig(enc.n_vocab, Q + max(R, 96), m.n_layer, m.n_head, m.n_embd, enc.n_vocab - 1, "gelu")
 
 
 def stage_pretrain(run):

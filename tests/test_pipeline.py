@@ -70,6 +70,16 @@ def test_ppo_starts_at_the_reference(finished):
     assert abs(first["kl"]) < 1e-3 and abs(first["kl_k1"]) < 1e-3 and first["first_log_ratio"] < 5e-2
 
 
+def test_models_from_scratch_take_the_exact_gelu(finished):
+    """Catches GPT-2's formula for it, which costs a CPU a tenth of a training step, and a model that is loaded as another."""
+    folders = [file.parent for file in finished[0].rglob("model.safetensors")]
+    assert len(folders) >= 4
+    for folder in folders:
+        head = "scalar" if "score.weight" in load_file(folder / "model.safetensors") else "lm"
+        config = json.loads((folder / "config.json").read_text())
+        assert config["activation_function"] == load_model(folder, "cpu", head).config.activation == "gelu"
+
+
 def test_every_model_has_its_vocabulary(finished):
     """Catches a model folder that transformers loads and cannot read texts for."""
     hf = pytest.importorskip("transformers")
