@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import world
 from data import DataError, decode_response, encode_query, pad_rows, save_vocabulary, write_atomic
-from sft import (MetricsLog, alone, backward_rows, batches, check, load_model, load_state, make_optimizer, run_main, sample,
+from sft import (MetricsLog, alone, backward_parts, backward_rows, batches, check, load_model, load_state, make_optimizer, run_main, sample,
                  save_state, set_lr, stop_rule, stored_posts, tf_adam_step)
 
 
@@ -303,18 +303,29 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
         for minibatch in torch.randperm(len(r.tokens), generator=generator).chunk(s.minibatches):
             minibatch = minibatch.to(r.tokens.device)
             optimizer.zero_grad(set_to_none=True)
-            for rows in minibatch.split(s.micro or len(minibatch)):
-                mask, share = r.mask[rows], (r.mask[rows].sum() / r.mask[minibatch].sum()).item()  # losses are means over tokens
+
+            def rows_of(part):
+                rows = minibatch[part]
                 batch = r.tokens[rows, :int(r.lengths[rows].max())], r.query_lengths[rows], r.lengths[rows], R
-                pg, stats = policy_loss(policy.logprobs(*batch, s.temperature), r.logprobs[rows], r.advantages[rows], mask, s.clip)
+                return rows, batch, (r.mask[rows].sum() / r.mask[minibatch].sum()).item()  # losses are means over tokens
+
+            def policy_part(part):
+                rows, batch, share = rows_of(part)
+                pg, stats = policy_loss(policy.logprobs(*batch, s.temperature), r.logprobs[rows], r.advantages[rows], r.mask[rows], s.clip)
                 if steps == 0:
                     check_ratio(stats, policy.amp_dtype)
-                    first = max(first, stats["max_log_ratio"])
-                largest = max(largest, stats["max_log_ratio"])
-                (share * pg).backward()  # before the value model's forward: one network's activations at a time
-                vf, value_stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], mask, s.value_clip)
-                (share * s.value_coef * vf).backward()
-                for key, value in {"policy_loss": pg.item(), "value_loss": vf.item(), **stats, **value_stats}.items():
+                return share * pg, (share, {"policy_loss": pg.item(), **stats})
+
+            def value_part(part):
+                rows, batch, share = rows_of(part)
+                vf, stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], r.mask[rows], s.value_clip)
+                return share * s.value_coef * vf, (share, {"value_loss": vf.item(), **stats})
+
+            parts = backward_parts(policy, policy_part, len(minibatch), s.micro)
+            largest = max(largest, *(stats["max_log_ratio"] for _, stats in parts))
+            first = first if steps else largest
+            for share, stats in parts + backward_parts(value_model, value_part, len(minibatch), s.micro):
+                for key, value in stats.items():
                     totals[key] = totals.get(key, 0.0) + share * value
             if s.ptx_coef:
                 loss = ptx_backward(policy, pretraining, len(minibatch), s, generator)

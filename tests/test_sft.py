@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -233,6 +234,37 @@ def test_micro_batches_and_recomputing_change_no_gradient(g):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_two_halves_side_by_side_are_the_whole(g, monkeypatch):
+    """Catches a half that is lost, doubled or counts by its rows, a gradient already there that is written over, and bits that depend on
+    which thread was first."""
+    rows, results, where = random_rows(g, n=17, query=(3, 9), response=(1, 7)), [], []
+    monkeypatch.setattr(sft, "row_loss", lambda *a: (where.append((threading.current_thread(), len(a[1]))), row_loss(*a))[1])
+    for threads, times in (1, 1), (2, 1), (2, 1), (2, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        model = tiny_model()
+        losses = [sft.backward_rows(model, *rows, .3) for _ in range(times)]
+        results.append([torch.tensor(losses[-1])] + [p.grad / times for p in model.parameters()])
+    assert where[0] == (threading.main_thread(), 17) and all(thread != threading.main_thread() for thread, _ in where[1:])
+    assert sorted(n for _, n in where[1:]) == [8] * 4 + [9] * 4
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:3]))
+
+
+def test_dropout_and_few_rows_stay_in_one_thread(g, monkeypatch):
+    """Catches masks of one generator drawn by two threads: no two runs would be alike."""
+    where, (queries, responses) = set(), random_rows(g, n=16)
+    monkeypatch.setattr(sft, "row_loss", lambda *a: (where.add(threading.current_thread()), row_loss(*a))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = tiny_model()
+    with dropout(model, .2, seed=1):
+        sft.backward_rows(model, queries, responses, 0.0)
+    sft.backward_rows(model, queries[:15], responses[:15], 0.0)
+    sft.backward_rows(model, queries, responses, 0.0, micro=8)
+    assert where == {threading.main_thread()}
 
 
 def test_recomputing_keeps_fewer_activations(g, tmp_path):
