@@ -14,7 +14,9 @@ its own. The table shows medians over all rounds; JSON lines keep every time. Pe
 and peers.py says how each of them is called. Weights and tokens are random; nothing stops a response: each has its full length.
 
 Caveats: wall-clock times want a machine of their own. Peak memory on a CPU is the process's, libraries included, on a GPU what
-PyTorch allocated. TRL runs without its default gradient checkpointing: faster, in more memory. nanoGPT's GELU is the exact one.
+PyTorch allocated. TRL runs without its default gradient checkpointing: faster, in more memory. The GELU of our small model, which is
+one from scratch, is the exact one, as nanoGPT's is; transformers' models and TRL's on them come with GPT-2's approximation, which they
+put together from slow pieces. In the rows "exact GELU" they have ours. At GPT-2's size all have GPT-2's.
 MFU follows PaLM's convention: it counts the attention scores that a causal kernel skips.
 """
 import functools
@@ -30,8 +32,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # torch is imported where it is needed, ours too
 
-TINY = dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024, n_positions=256)
-GPT2 = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)  # 124M
+EXACT = "exact GELU"  # a peer whose name ends so has the activation function that ours has, and not GPT-2's, its default
+TINY = dict(n_layer=4, n_head=4, n_embd=128, vocab_size=1024, n_positions=256, activation="gelu")
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024, activation="gelu_new")  # 124M
 SMOKE = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, n_positions=32, batch=2, query=8, response=4, warmup=0, repeats=1)
 
 # name: which function measures it, its shape, the untimed and timed repeats of a process, and peers as (who, precision), the
@@ -39,15 +42,18 @@ SMOKE = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, n_positions=32, batc
 CPU_CASES = {
     "sampling": dict(run="sampling", **TINY, batch=64, query=112, response=48, warmup=2, repeats=5, peers=[
         ("transformers dynamic cache", "fp32"), ("transformers static cache", "fp32"),
-        ("transformers dynamic cache", "bf16 weights"), ("transformers static cache", "bf16 weights")]),
+        ("transformers dynamic cache exact GELU", "fp32"), ("transformers dynamic cache", "bf16 weights"),
+        ("transformers static cache", "bf16 weights")]),
     "sft": dict(run="sft", **TINY, batch=32, query=112, response=48, warmup=2, repeats=5, peers=[
         ("nanoGPT", "fp32"), ("nanoGPT", "bf16"), ("transformers sdpa", "fp32"), ("transformers eager", "fp32"),
-        ("transformers sdpa", "bf16"), ("transformers eager", "bf16")]),
+        ("transformers sdpa exact GELU", "fp32"), ("transformers sdpa", "bf16"), ("transformers eager exact GELU", "bf16"),
+        ("transformers eager", "bf16")]),
     "reward": dict(run="reward", **TINY, batch=16, query=112, response=48, warmup=2, repeats=5, peers=[
         ("TRL RewardTrainer", "fp32"), ("TRL RewardTrainer", "bf16"), ("transformers loop", "fp32"),
         ("transformers loop", "bf16")]),
     "ppo": dict(run="ppo", **TINY, batch=64, query=112, response=48, epochs=4, minibatches=1, warmup=2, repeats=2, peers=[
-        ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer", "bf16 weights")]),
+        ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer exact GELU", "fp32"), ("TRL PPOTrainer exact GELU", "bf16 weights"),
+        ("TRL PPOTrainer", "bf16 weights")]),
     "ppo-gpt2": dict(run="ppo", **GPT2, batch=4, query=464, response=48, epochs=1, minibatches=1, warmup=1, repeats=1, peers=[
         ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer", "bf16 weights")]),
     "logprobs": dict(run="logprobs", **TINY | {"vocab_size": 50257}, batch=32, query=112, response=48, warmup=2, repeats=3, peers=[
@@ -77,7 +83,7 @@ def gpt(c, head="lm"):
     from model import GPT, GPTConfig
     eos = c.vocab_size  # no token has this id: nothing stops
     with torch.device(c.device):
-        model = GPT(GPTConfig(c.vocab_size, max(c.n_positions, c.query + c.response), c.n_layer, c.n_head, c.n_embd, eos), head)
+        model = GPT(GPTConfig(c.vocab_size, max(c.n_positions, c.query + c.response), c.n_layer, c.n_head, c.n_embd, eos, c.activation), head)
     model.amp_dtype = torch.float32 if c.precision == "fp32" else torch.bfloat16
     return model
 
@@ -95,12 +101,19 @@ def sampling(c):
 
 
 def sft(c):
-    from peers import random_ids, training_step
-    from sft import make_optimizer, row_loss
+    import torch
+    from peers import random_ids
+    from sft import backward_rows, make_optimizer
     model = gpt(c)
     queries, responses = random_ids(c, c.batch, c.query).tolist(), random_ids(c, c.batch, c.response).tolist()
-    every_token = 1.0  # what a query token counts
-    return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: row_loss(model, queries, responses, every_token))
+    optimizer, every_token = make_optimizer([model], 1e-4, 0.01), 1.0  # what a query token counts
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        backward_rows(model, queries, responses, every_token)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
 
 
 def reward(c):
@@ -183,7 +196,8 @@ def measure(c):
     if c.threads:
         torch.set_num_threads(c.threads)
     torch.manual_seed(0)
-    package, _, c.variant = c.who.partition(" ")
+    package, _, variant = c.who.partition(" ")
+    c.variant, c.exact_gelu = variant.removesuffix(EXACT).strip(), variant.endswith(EXACT)
     if package.startswith("ours"):
         from sft import pick_device
         pick_device(c.device)

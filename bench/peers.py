@@ -47,6 +47,7 @@ def gpt2(c, kind, **more):
     config = transformers.GPT2Config(
         n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
         n_positions=max(c.n_positions, c.query + c.response), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        activation_function="gelu" if c.exact_gelu else "gelu_new",  # the latter is their default
         bos_token_id=0, eos_token_id=0, pad_token_id=1, **more)
     with torch.device(c.device):
         model = getattr(transformers, kind)(config)
