@@ -34,6 +34,13 @@ def kept(c, rows, T, device, recompute=False):
     return inputs * (c.n_layer + 1) + block if recompute else inputs + c.n_layer * block
 
 
+def parts_memory(P, V, rows, predicted, micro, device):
+    """Bytes of the logits of so many rows, their softmax and gradient; on a CPU they and the gradients are there in two halves
+    (sft.backward_parts)."""
+    parts = 2 if device == "cpu" and not micro and rows >= 16 and torch.get_num_threads() > 1 else 1
+    return parts * 3 * min(2**27, 4 * rows * predicted * V / parts) + (parts - 1) * 4 * P
+
+
 def forward_flops(c, tokens, T):
     """Of the blocks, for so many tokens in rows of T."""
     return tokens * c.n_layer * (24 * c.n_embd**2 + 2 * T * c.n_embd)
@@ -50,8 +57,7 @@ def stages(s, c, Q, R, sizes, device):
         part, tokens = getattr(s, name), sizes[name] * getattr(s, name).epochs / (1 - getattr(s, name).mix)
         rows = min(part.micro or part.batch, part.batch)
         predicted = T if part.query_weight else R
-        chunk = 3 * min(2**27, 4 * rows * predicted * V)  # its logits, softmax and gradient
-        memory = trained + kept(c, rows, T, device, part.recompute) + chunk
+        memory = trained + kept(c, rows, T, device, part.recompute) + parts_memory(P, V, rows, predicted, part.micro, device)
         out[name] = memory, (4 if part.recompute else 3) * forward_flops(c, tokens, T) + 3 * unembed * tokens * predicted / T
     half = 2 if choose_precision(device)[0] == torch.bfloat16 else 4
     cache = T * c.n_layer * 2 * c.n_embd * (4 if device == "cpu" else half)  # per row; model.generate steps in float32 on a CPU
@@ -77,8 +83,8 @@ def stages(s, c, Q, R, sizes, device):
     sampling = p.batch * cache
     judging = kept(c, p.batch, T, device) / c.n_layer * 2
     predicted = T if p.ptx_coef and s.pretrain.query_weight else R
-    update = (kept(c, min(p.micro or per_minibatch, per_minibatch), T, device, p.recompute)
-              + 3 * min(2**27, 4 * per_minibatch * predicted * V))
+    rows = min(p.micro or per_minibatch, per_minibatch)
+    update = kept(c, rows, T, device, p.recompute) + parts_memory(P, V, rows, predicted, p.micro, device)
     episodes = p.iterations * p.batch * (1 if s.collect.online else s.collect.rounds)
     there_and_back = 4 if p.recompute else 3
     passes = 1 + 4 + p.epochs * 2 * there_and_back  # sampling; policy, reference, score, value; policy and value model trained

@@ -46,8 +46,8 @@ class GPTConfig:
     activation: str = "gelu_new"  # Hugging Face's names: GPT-2's own, or "gelu", for models from scratch (GELU says why)
 
 
-# GELU(x) = x Φ(x), Φ the normal distribution function (Hendrycks & Gimpel 2016). GPT-2 replaces Φ by a formula with tanh, off by
-# 5e-4 at most, for which PyTorch has a slow kernel on CPUs: three times the exact one's time, a tenth of a whole training step.
+# GELU(x) = x Φ(x), Φ the normal distribution function (Hendrycks & Gimpel 2016). GPT-2 takes a formula with tanh for Φ, which moves
+# GELU by 5e-4 at most and for which PyTorch has a slow kernel on CPUs: three times the exact one's time, 7 % of a training step.
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json's name: F.gelu's `approximate`
 
 
@@ -69,13 +69,13 @@ def keep_freed_memory():
     """Have the C library of Linux keep what tensors free. -> whether it will
 
     By default it gives large blocks back and asks for them again at the next step, and the system hands them out zeroed, page by
-    page: of a training step on a CPU that was 10 to 20 %."""
+    page: of a training step on a CPU that was 10 to 20 %. Threads get no heap of their own: what one frees another can use."""
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows and musl have none
         return False
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0) and mallopt(M_ARENA_MAX, 1))  # one heap for all threads
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0) and mallopt(M_ARENA_MAX, 1))
 
 
 def round_up(n, multiple):
@@ -102,8 +102,8 @@ def plain_attention(q, k, v):
 
 class AttentionInParts(torch.autograd.Function):
     """plain_attention as a CPU likes it: a few rows at a time, so that their scores stay in the processor's cache (`most` of them), of
-    long rows a strip of queries, whose product leaves out the keys behind its last query, and no part is joined or split again:
-    each writes where its numbers belong. The backward pass, of p = softmax(q kᵀ / √D) and o = p v:
+    long rows a strip of queries, whose product leaves out the keys behind its last query. Each part writes where its numbers
+    belong. The backward pass, of p = softmax(q kᵀ / √D) and o = p v:
 
         dv = pᵀ do,   dp = do vᵀ,   ds = p (dp - rowsum(p dp)),   dq = ds k / √D,   dk = dsᵀ q / √D"""
 
@@ -113,8 +113,9 @@ class AttentionInParts(torch.autograd.Function):
         n, kept, ctx.parts = max(1, most // (H * T * S)), [], []
         o = q.new_empty(B, T, H, D).transpose(1, 2)  # in memory as [B, T, H, D]: the caller joins the heads without a copy
         for b in range(0, B, n):
-            for t in reversed(range(0, T, strip)):
-                queries, keys = (slice(b, b + n), slice(None), slice(t, t + strip)), (slice(b, b + n), slice(None), slice(S - T + min(t + strip, T)))
+            for t in reversed(range(0, T, strip)):  # the last strip first: it sees every key
+                rows, end = slice(b, b + n), S - T + min(t + strip, T)
+                queries, keys = (rows, slice(None), slice(t, t + strip)), (rows, slice(None), slice(end))
                 qi, kj, vj = (x.reshape(-1, x.shape[2], D) for x in (q[queries], k[keys], v[keys]))
                 p = attention_weights(qi, kj)
                 o[queries] = (p @ vj).view(o[queries].shape)
@@ -130,18 +131,19 @@ class AttentionInParts(torch.autograd.Function):
     def backward(ctx, do):
         (B, H, T, D), (_, _, S, _) = ctx.shapes
         dq, dk, dv = (do.new_empty(B, n, H, D).transpose(1, 2) for n in (T, S, S))
-        for i, (queries, keys) in enumerate(ctx.parts):
-            q, k, v, p = ctx.saved_tensors[4 * i:4 * i + 4]
+        saved = ctx.saved_tensors  # read once: a checkpointed block allows no more
+        for (queries, keys), q, k, v, p in zip(ctx.parts, *(saved[i::4] for i in range(4))):
             doi = do[queries].reshape(q.shape)
             ds = torch._softmax_backward_data(doi @ v.transpose(1, 2), p, -1, p.dtype).mul_(1 / math.sqrt(D))
             dq[queries] = (ds @ k).view(dq[queries].shape)
             for dx, add in (dk, ds.transpose(1, 2) @ q), (dv, p.transpose(1, 2) @ doi):
                 add = add.view(dx[keys].shape)
-                dx[keys] = add if add.shape[2] == S else add.add_(dx[keys])  # a row's last strip, which sees all keys, comes first
+                dx[keys] = add if add.shape[2] == S else add.add_(dx[keys])  # nothing is there yet when the last strip comes
         return dq, dk, dv, None, None
 
 
 def attention_in_parts(q, k, v, most=2**20, strip=256):
+    """plain_attention on a CPU"""
     return AttentionInParts.apply(q, k, v, most, strip)
 
 
@@ -498,7 +500,7 @@ class Block(nn.Module):
         first = int(columns.min()) // 16 * 16 if rows is not None and x.device.type == "cpu" else 0
         a = attention(q[:, :, first:], k, v).transpose(1, 2).reshape(B, T - first, d)
         if rows is not None:
-            # as an embedding: the gradient of x[rows, columns] is made by one thread
+            # as an embedding: the gradient of x[rows, columns] is made one number at a time
             x, a = F.embedding(rows * T + columns, x.view(-1, d)), F.embedding(rows * (T - first) + columns - first, a.view(-1, d))
         return self.mlp(x + F.dropout(self.attn_proj(a), self.dropout, self.training))
 
@@ -814,7 +816,7 @@ class Sampler:
 
     The rows in work, N = P·m, are m samples of each of P queries: n of B at first, fewer where drop_finished() lets some go.
     The cache has two parts: `past`, keys and values of the queries, which all samples of a query read in one product, and
-    `own`, those of the responses, in which token t of every row stands in the same column. Where n is 1 nobody shares: past is
+    `own`, those of the responses, in which token t of every row stands in column first + t. Where n is 1 nothing is shared: past is
     empty, and the query stands in own, before the response.
 
     Caveats: draws from the whole softmax (no top-k, no top-p); the cache is made for all R tokens at once; a step is rounded
@@ -826,9 +828,9 @@ class Sampler:
         self.model, self.tokens, self.lengths, self.R, self.n = model, tokens, lengths, R, n
         self.temperature, self.eos, self.static, self.m = temperature, eos, static, n
         self.dtype = torch.float32 if device.type == "cpu" else model.amp_dtype  # a few rows gain nothing from bf16 on a CPU
-        shared = Q16 if n > 1 else 0
-        self.past = torch.empty(c.n_layer, 2, B, H, shared, D, dtype=self.dtype, device=device)
-        self.own = torch.empty(c.n_layer, 2, B * n, H, Q16 - shared + R, D, dtype=self.dtype, device=device)
+        self.Q16, self.shared, self.first = Q16, n > 1, 0 if n > 1 else Q16
+        self.past = torch.empty(c.n_layer, 2, B, H, Q16 if self.shared else 0, D, dtype=self.dtype, device=device)
+        self.own = torch.empty(c.n_layer, 2, B * n, H, self.first + R, D, dtype=self.dtype, device=device)
         self.own[:, :, :, :, -R:] = 0  # what the mask hides must be finite all the same
         self.keys, self.values = self.views()
         self.mask = torch.where(torch.arange(Q16 + R, device=device) < lengths[:, None], 0.0, -math.inf).to(self.dtype)[:, None, None]
@@ -837,7 +839,7 @@ class Sampler:
         self.row = torch.arange(B * n, device=device)  # [N] where in the batch it stands
         self.alive = torch.ones(B * n, dtype=torch.bool, device=device)  # [N] no EOS yet
         self.position = lengths.repeat_interleave(n)  # [N] of y_t
-        self.step, self.t = 0, torch.zeros(1, dtype=torch.long, device=device)  # the latter so that a CUDA graph can count
+        self.step, self.t = 0, torch.zeros(1, dtype=torch.long, device=device)  # one number: as a tensor, so that a CUDA graph can count
         self.token = torch.zeros(B * n, dtype=torch.long, device=device)  # [N] y_t
         self.uniform = torch.rand(B * n, R, generator=generator).to(device)  # this and the next two: of the whole batch
         self.sampled = torch.zeros(B * n, R, dtype=torch.long, device=device)
@@ -871,8 +873,8 @@ class Sampler:
 
     def prefill(self):
         """Read each query once, whatever n is, into past or own. -> x [B·n, d], from which y_0 is drawn"""
-        model, B, (H, _, D), Q16 = self.model, len(self.tokens), self.own.shape[3:], self.mask.shape[3] - self.R
-        cache = self.past if self.past.shape[4] else self.own[:, :, :, :, :Q16]
+        model, B, (H, _, D), Q16 = self.model, len(self.tokens), self.own.shape[3:], self.Q16
+        cache = self.past if self.shared else self.own[:, :, :, :, :Q16]
         row, last = torch.arange(B, device=model.device), self.lengths - 1
 
         def attend(i, qkv):
@@ -905,7 +907,7 @@ class Sampler:
 
     def read(self):
         """Take y_t in: x [N, d] becomes the hidden state before y_{t+1}."""
-        self.mask.index_fill_(3, self.mask.shape[3] - self.R + self.t, 0)
+        self.mask.index_fill_(3, self.Q16 + self.t, 0)
         x = self.model.wte(self.token) + self.model.wpe(self.position)
         self.x.copy_(self.through_blocks(x, self.layers, self.attend))
         self.position.add_(1)
@@ -914,18 +916,17 @@ class Sampler:
     def attend(self, i, qkv):
         """Layer i's attention from y_t to its query and its response so far; qkv [N, 3d] -> [N, d]. The whole cache is read each
         time, columns to come under the mask [P, 1, 1, Q16 + R]: products with a part of it would first copy that part."""
-        (N, H, S, D), m, past, own = self.own.shape[2:], self.m, self.past[i], self.own[i]
+        (N, H, S, D), m, Q16, past, own = self.own.shape[2:], self.m, self.Q16, self.past[i], self.own[i]
         q, kv = qkv[:, :H * D].view(N, H, D) / math.sqrt(D), qkv.view(N, 3, H, D)[:, 1:].transpose(0, 1)
         if self.static:
-            own.index_copy_(3, S - self.R + self.t, kv[:, :, :, None])
+            own.index_copy_(3, self.first + self.t, kv[:, :, :, None])
         else:
-            own.select(3, S - self.R + self.step).copy_(kv)  # in a third of the time
+            own.select(3, self.first + self.step).copy_(kv)  # in less than half of the time
         to_self = torch.bmm(q.view(N * H, 1, D), self.keys[i]).view(N, H, 1, S)
-        if self.past.shape[4] == 0:
+        if not self.shared:
             return torch.bmm(to_self.add_(self.mask).softmax(-1).view(N * H, 1, S), self.values[i]).view(N, H * D)
-        P, Q16 = N // m, past.shape[3]
-        to_query = q.view(P, m, H, D).transpose(1, 2) @ past[0].transpose(-1, -2)  # [P, H, m, Q16]
-        weights = torch.cat([to_query, to_self.view(P, m, H, S).transpose(1, 2)], -1).add_(self.mask).softmax(-1)
+        to_query = q.view(N // m, m, H, D).transpose(1, 2) @ past[0].transpose(-1, -2)  # [P, H, m, Q16]
+        weights = torch.cat([to_query, to_self.view(N // m, m, H, S).transpose(1, 2)], -1).add_(self.mask).softmax(-1)
         from_query = (weights[..., :Q16] @ past[1]).transpose(1, 2)  # [P, m, H, D]
         from_self = torch.bmm(weights[..., Q16:].transpose(1, 2).reshape(N * H, 1, S), self.values[i])
         return from_query.reshape(N, H * D) + from_self.view(N, H * D)
@@ -964,7 +965,8 @@ class Sampler:
 
     def through_blocks(self, x, layers, attend, at=None):
         """Block.forward and the final layer norm for rows side by side, x [N, d] in float32, with weights_in(dtype) as `layers` and
-        attend(i, qkv [N, 3d]) as layer i's attention. -> [N, d], or the rows `at` of it alone, as the last layer's attend has done it"""
+        attend(i, qkv [N, 3d]) as layer i's attention. -> [N, d], or the rows `at` of it alone, and then the
+        last layer's attend must give these alone"""
         for i, (block, (w1, b1, w2, b2, w3, b3, w4, b4)) in enumerate(zip(self.model.blocks, layers)):
             a = attend(i, F.linear(block.ln_1(x).to(w1.dtype), w1, b1))
             if at is not None and i == len(layers) - 1:

@@ -321,6 +321,7 @@ def update(policy, value_model, optimizer, r, s, generator, pretraining=None, av
                 vf, stats = value_loss(value_model.values(*batch), r.values[rows], r.returns[rows], r.mask[rows], s.value_clip)
                 return share * s.value_coef * vf, (share, {"value_loss": vf.item(), **stats})
 
+            # first the policy, then the value model: the activations of one network at a time
             parts = backward_parts(policy, policy_part, len(minibatch), s.micro)
             largest = max(largest, *(stats["max_log_ratio"] for _, stats in parts))
             first = first if steps else largest

@@ -120,8 +120,8 @@ def two_threads():
 
 def backward_parts(model, loss, n, micro=0):
     """The gradient of Σ loss(part), the parts being slices of n rows: `micro` rows each, or all of them, one part after the other; but
-    on a CPU the two halves of all rows side by side, in threads with half of the cores each, since a good part of a step, between two products of
-    matrices, keeps one core busy however many there are. loss(part) -> scalar, what is to be known of it. -> the latter, by part"""
+    on a CPU, from 16 rows on, two halves side by side, in threads with half of the cores each: between two products of matrices a good
+    part of a step keeps one core busy, however many there are. loss(part) -> scalar, what is to be known of it. -> the latter, by part"""
     together = model.device.type == "cpu" and not micro and n >= 16 and torch.get_num_threads() > 1
     if together and not model.blocks[0].dropout:  # its masks come from one generator, in the order of its use
         params = [p for p in model.parameters() if p.requires_grad]
@@ -483,9 +483,9 @@ def backward_rows(model, queries, responses, query_weight, micro=0, scale=1.0):
 
     def loss(part):
         value = row_loss(model, queries[part], responses[part], query_weight) * (sum(tokens[part]) / sum(tokens))
-        return scale * value, value.item()
+        return scale * value, value.detach()
 
-    return sum(backward_parts(model, loss, len(queries), micro))
+    return sum(value.item() for value in backward_parts(model, loss, len(queries), micro))  # not before: a GPU would be waited for
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ and peers.py says how each of them is called. Weights and tokens are random; not
 Caveats: wall-clock times want a machine of their own. Peak memory on a CPU is the process's, libraries included, on a GPU what
 PyTorch allocated. TRL runs without its default gradient checkpointing: faster, in more memory. The GELU of our small model, which is
 one from scratch, is the exact one, as nanoGPT's is; transformers' models and TRL's on them come with GPT-2's approximation, which they
-put together from slow pieces. In the rows "exact GELU" they have ours. At GPT-2's size all have GPT-2's.
+put together from slow pieces. In the rows "exact GELU" they have ours. At GPT-2's size all but nanoGPT have GPT-2's.
 MFU follows PaLM's convention: it counts the attention scores that a causal kernel skips.
 """
 import functools
@@ -46,19 +46,19 @@ CPU_CASES = {
         ("transformers static cache", "bf16 weights")]),
     "sft": dict(run="sft", **TINY, batch=32, query=112, response=48, warmup=2, repeats=5, peers=[
         ("nanoGPT", "fp32"), ("nanoGPT", "bf16"), ("transformers sdpa", "fp32"), ("transformers eager", "fp32"),
-        ("transformers sdpa exact GELU", "fp32"), ("transformers sdpa", "bf16"), ("transformers eager exact GELU", "bf16"),
-        ("transformers eager", "bf16")]),
+        ("transformers sdpa exact GELU", "fp32"), ("transformers sdpa", "bf16"), ("transformers eager", "bf16"),
+        ("transformers eager exact GELU", "bf16")]),
     "reward": dict(run="reward", **TINY, batch=16, query=112, response=48, warmup=2, repeats=5, peers=[
         ("TRL RewardTrainer", "fp32"), ("TRL RewardTrainer", "bf16"), ("transformers loop", "fp32"),
-        ("transformers loop", "bf16")]),
+        ("transformers loop", "bf16"), ("transformers loop exact GELU", "bf16")]),
     "ppo": dict(run="ppo", **TINY, batch=64, query=112, response=48, epochs=4, minibatches=1, warmup=2, repeats=2, peers=[
-        ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer exact GELU", "fp32"), ("TRL PPOTrainer exact GELU", "bf16 weights"),
-        ("TRL PPOTrainer", "bf16 weights")]),
+        ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer exact GELU", "fp32"), ("TRL PPOTrainer", "bf16 weights"),
+        ("TRL PPOTrainer exact GELU", "bf16 weights")]),
     "ppo-gpt2": dict(run="ppo", **GPT2, batch=4, query=464, response=48, epochs=1, minibatches=1, warmup=1, repeats=1, peers=[
         ("TRL PPOTrainer", "fp32"), ("TRL PPOTrainer", "bf16 weights")]),
     "logprobs": dict(run="logprobs", **TINY | {"vocab_size": 50257}, batch=32, query=112, response=48, warmup=2, repeats=3, peers=[
         ("transformers all logits", "fp32"), ("transformers logits_to_keep", "fp32"), ("transformers all logits", "bf16"),
-        ("transformers logits_to_keep", "bf16")]),
+        ("transformers logits_to_keep", "bf16"), ("transformers logits_to_keep exact GELU", "bf16")]),
 }
 GROWING = ["sampling", "sft", "reward", "ppo", "logprobs"]  # the case "growth": each of these at 1, 2 and 4 times ...
 AXES = ["batch", "response", "width"]  # ... one of these

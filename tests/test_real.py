@@ -388,6 +388,18 @@ def estimated(sizes, device="cpu", c=None, **changes):
     return estimate.stages(s, c or tiny_model().config, 32, 16, sizes, device)
 
 
+def test_halves_side_by_side_are_in_the_estimate(monkeypatch):
+    """Catches the second half's gradients left out, or counted where the batch is small, cut into parts, or on a GPU."""
+    def memory(threads, **more):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return [estimated({"pretrain": 100, "sft": 100, "query": 8, "responses": 4, "groups": 1}, **more)[stage][0] for stage in ("sft", "ppo")]
+
+    P = estimate.parameters(tiny_model().config)
+    for batch, micro, device, sets in (16, 0, "cpu", 1), (15, 0, "cpu", 0), (16, 8, "cpu", 0), (16, 0, "cuda", 0):
+        more = dict(device=device, sft__batch=batch, sft__micro=micro, ppo__batch=batch, ppo__minibatches=1, ppo__micro=micro)
+        assert [two - one for one, two in zip(memory(1, **more), memory(2, **more))] == [4 * P * sets] * 2
+
+
 def test_operations_of_sampling_and_of_ptx_are_those_done():
     """Catches a factor left out (samples per post, ptx_ratio, epochs, the backward pass, logits): torch counts the operations."""
     model = tiny_model(n_embd=128, n_layer=6, n_positions=48, vocab_size=600)  # a query's last layer is worked out at its end only
