@@ -690,7 +690,7 @@ if sys.argv[1] == "keep":
 torch.set_num_threads(1)
 def step():  # blocks above and below 32 MB, where the C library's own rules differ
     return sum(float(torch.zeros(n).sum()) for n in (2**24, 2**22, 2**24))
-for _ in range(10):  # the heap may grow once more after a few
+for _ in range(6):  # the heap may grow once more after a few
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(8):
