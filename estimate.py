@@ -12,6 +12,7 @@ import torch
 
 from data import DataError
 from model import choose_precision
+from sft import side_by_side
 
 EFFICIENCY = 1 / 3  # of the speed at large matrix products
 GB = 2**30
@@ -37,7 +38,7 @@ def kept(c, rows, T, device, recompute=False):
 def parts_memory(P, V, rows, predicted, micro, device):
     """Bytes of the logits of so many rows, their softmax and gradient; on a CPU they and the gradients are there in two halves
     (sft.backward_parts)."""
-    parts = 2 if device == "cpu" and not micro and rows >= 16 and torch.get_num_threads() > 1 else 1
+    parts = 2 if side_by_side(device, rows, micro) else 1
     return parts * 3 * min(2**27, 4 * rows * predicted * V / parts) + (parts - 1) * 4 * P
 
 

@@ -118,12 +118,16 @@ def two_threads():
     return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, torch.get_num_threads() // 2),))
 
 
+def side_by_side(device, n, micro):
+    """Whether backward_parts takes n rows as two halves at the same time."""
+    return device == "cpu" and not micro and n >= 16 and torch.get_num_threads() > 1
+
+
 def backward_parts(model, loss, n, micro=0):
     """The gradient of Σ loss(part), the parts being slices of n rows: `micro` rows each, or all of them, one part after the other; but
     on a CPU, from 16 rows on, two halves side by side, in threads with half of the cores each: between two products of matrices a good
     part of a step keeps one core busy, however many there are. loss(part) -> scalar, what is to be known of it. -> the latter, by part"""
-    together = model.device.type == "cpu" and not micro and n >= 16 and torch.get_num_threads() > 1
-    if together and not model.blocks[0].dropout:  # its masks come from one generator, in the order of its use
+    if side_by_side(model.device.type, n, micro) and not model.blocks[0].dropout:  # its masks come from one generator, in the order of its use
         params = [p for p in model.parameters() if p.requires_grad]
 
         def half(part):

@@ -169,7 +169,7 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("sft", "slice(n // 2), slice(n // 2, n)", "slice(n // 2), slice(n // 2)", "two_halves_side_by_side_are_the_whole"),
     ("sft", "else p.grad.add_(a).add_(b)", "else p.grad.add_(a)", "two_halves_side_by_side_are_the_whole"),
     ("sft", "a.add_(b) if p.grad is None", "a if p.grad is None", "two_halves_side_by_side_are_the_whole"),
-    ("sft", "if together and not model.blocks[0].dropout:", "if together:", "dropout_and_few_rows_stay_in_one_thread"),
+    ("sft", "n, micro) and not model.blocks[0].dropout:", "n, micro):", "dropout_and_few_rows_stay_in_one_thread"),
     ("sft", "and not micro and n >= 16", "and n >= 16", "dropout_and_few_rows_stay_in_one_thread"),
     ("sft", "(sum(tokens[part]) / sum(tokens))", "(len(queries[part]) / len(queries))", "micro_batches_and_recomputing_change_no_gradient"),
     ("model", "checkpoint(block, *args, use_reentrant=False)", "checkpoint(block, *args, use_reentrant=False).detach()",
