@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +69,40 @@ def keep_freed_memory():
     """Have the C library of Linux keep what tensors free. -> whether it will
 
     By default it gives large blocks back and asks for them again at the next step, and the system hands them out zeroed, page by
-    page: of a training step on a CPU that was 10 to 20 %. Threads get no heap of their own: what one frees another can use."""
+    page: of a training step on a CPU that was 10 to 20 %. Threads share two heaps. With one, the two halves of sft.backward_parts
+    wait for each other, and are given what the other has had in its core's cache: 5 %; with more, what one thread has freed no other can use."""
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows and musl have none
         return False
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0) and mallopt(M_ARENA_MAX, 1))
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0) and mallopt(M_ARENA_MAX, 2))
+
+
+def multiply_float32_by_onednn():
+    """Have oneDNN multiply float32 matrices on a CPU, where PyTorch takes MKL, which takes longer on AMD's processors: of a training
+    step in float32 that was 10 %. -> whether it will
+
+    PyTorch's way to say so, "medium", also lets oneDNN round the factors to bf16, which it does where the processor has
+    instructions for it alone (AMX, Arm's). So it is tried out, and where it rounds all stays as it was."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()) or torch.cpu._is_amx_tile_supported():
+        return False
+    torch.set_float32_matmul_precision("medium")
+    x = torch.full((256, 256), 1 + 2**-12)  # in bf16 it would be 1, and 256 the sum of 256 squares
+    exact = (x @ x).min().item() > 256.1
+    torch.set_float32_matmul_precision("medium" if exact else "highest")
+    return exact
+
+
+@contextmanager
+def float32_by_mkl():
+    """Within, MKL again: it is the faster one at the few rows of a decoding step."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def round_up(n, multiple):
@@ -444,10 +471,11 @@ class Unembed(torch.autograd.Function):
 
 
 class LogPi(torch.autograd.Function):
-    """log softmax(h wᵀ / temperature)[y], [N], of hidden states h [N, d], embeddings w [V, d] and tokens y [N].
+    """log softmax(z)[y], [N], of the logits z = h wᵀ / temperature of hidden states h [N, d], embeddings w [V, d] and tokens y [N].
 
-    Of the logits z: d log π(y) / dz = 1[y] - π. They are made in chunks of rows, [n, V]; the backward pass makes those of more than
-    one chunk again, so that [N, V] in float32 never exists at once."""
+    With π = softmax(z) it is z_y - max z + log max π, which stays finite where π(y) is 0 in float32; d log π(y) / dz = 1[y] - π.
+    The logits are made in chunks of rows, [n, V]; the backward pass makes those of more than one chunk again, so that [N, V] in
+    float32 never exists at once."""
 
     @staticmethod
     def forward(ctx, h, w, y, temperature, dtype, rows):
@@ -455,10 +483,11 @@ class LogPi(torch.autograd.Function):
         ctx.temperature, ctx.dtype, ctx.rows, ctx.kept = temperature, dtype, rows, None
         out = []
         for h, y in zip(h.split(rows), y.split(rows)):
-            log_pi = F.log_softmax(logits(h, w, dtype).div_(temperature), -1)
-            out.append(log_pi.gather(1, y[:, None]).squeeze(1))
+            z = logits(h / temperature, w, dtype)
+            pi = z.softmax(-1)
+            out.append(z.gather(1, y[:, None]).squeeze(1) - z.amax(1) + pi.amax(1).log())
         if len(out) == 1 and any(ctx.needs_input_grad):
-            ctx.kept = log_pi
+            ctx.kept = pi
         return torch.cat(out)
 
     @staticmethod
@@ -466,9 +495,9 @@ class LogPi(torch.autograd.Function):
         h, w, y = ctx.saved_tensors
         g, dw, dh = g[:, None] / ctx.temperature, torch.zeros_like(w), []
         for h, y, g in zip(h.split(ctx.rows), y.split(ctx.rows), g.split(ctx.rows)):
-            log_pi = F.log_softmax(logits(h, w, ctx.dtype).div_(ctx.temperature), -1) if ctx.kept is None else ctx.kept
+            pi = logits(h / ctx.temperature, w, ctx.dtype).softmax(-1) if ctx.kept is None else ctx.kept
             ctx.kept = None  # written over
-            dz = log_pi.exp_().mul_(-g).scatter_add_(1, y[:, None], g).to(ctx.dtype)  # small numbers, which bear the rounding
+            dz = pi.mul_(-g).scatter_add_(1, y[:, None], g).to(ctx.dtype)  # small numbers, which bear the rounding
             dh.append((dz @ w.to(ctx.dtype)).float())
             dw += dz.T @ h.to(ctx.dtype)
         return torch.cat(dh), dw, None, None, None, None
@@ -669,7 +698,9 @@ class GPT(nn.Module):
         if Q + R > self.config.n_positions:
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {self.config.n_positions} positions")
         static = self.device.type == "cuda" if static is None else static
-        return Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static).run()
+        sampler = Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static)
+        with float32_by_mkl() if self.device.type == "cpu" else nullcontext():
+            return sampler.run()
 
     # -----------------------------------------------------------------------------------------------------------------
     # weights in and out: Hugging Face's GPT-2 layout

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from corpus import held_out_text, post_rows, store_rows, stored_text, text_files
 from data import (DataError, encode_query, encode_response, gpt2_encoding, load_encoding, load_posts, pad_rows, save_vocabulary,
                   write_atomic)
-from model import GPT, choose_precision, keep_freed_memory
+from model import GPT, choose_precision, keep_freed_memory, multiply_float32_by_onednn
 
 
 @dataclass
@@ -300,8 +300,11 @@ def pick_device(name):
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         raise DataError(f"--device {name}: this machine has none, or its PyTorch cannot use it; try --device auto")
     dtype, reason = choose_precision(name)
-    kept = "; freed memory is kept, so that a step need not ask the system for it again" if name == "cpu" and keep_freed_memory() else ""
-    print(f"device {name}, matrix products in {str(dtype)[6:]}: {reason}{kept}")
+    more = ""
+    if name == "cpu":
+        more += "; those in float32 by oneDNN, which is faster than MKL at them" if multiply_float32_by_onednn() else ""
+        more += "; freed memory is kept, so that a step need not ask the system for it again" if keep_freed_memory() else ""
+    print(f"device {name}, matrix products in {str(dtype)[6:]}: {reason}{more}")
     return name
 
 

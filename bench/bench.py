@@ -44,7 +44,7 @@ CPU_CASES = {
         ("transformers dynamic cache", "fp32"), ("transformers static cache", "fp32"),
         ("transformers dynamic cache exact GELU", "fp32"), ("transformers dynamic cache", "bf16 weights"),
         ("transformers static cache", "bf16 weights")]),
-    "sft": dict(run="sft", **TINY, batch=32, query=112, response=48, warmup=2, repeats=5, peers=[
+    "sft": dict(run="sft", **TINY, batch=32, query=112, response=48, warmup=5, repeats=10, peers=[
         ("nanoGPT", "fp32"), ("nanoGPT", "bf16"), ("transformers sdpa", "fp32"), ("transformers eager", "fp32"),
         ("transformers sdpa exact GELU", "fp32"), ("transformers sdpa", "bf16"), ("transformers eager", "bf16"),
         ("transformers eager exact GELU", "bf16")]),

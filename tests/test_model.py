@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 import download
 import model
 from data import DataError, pad_rows
-from model import GPT, Sampler, attention, attention_in_parts, logits, plain_attention, read_config
-from sft import load_model
+from model import GPT, LogPi, Sampler, attention, attention_in_parts, logits, plain_attention, read_config
+from sft import load_model, pick_device
 
 
 def padded(queries, responses):
@@ -181,6 +181,15 @@ def test_log_pi_and_its_gradient_are_those_of_a_log_softmax(g, dtype):
     torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-5)
     for one, other in zip(torch.autograd.grad((ours * weight).sum(), both), torch.autograd.grad((exact * weight).sum(), both)):
         assert (one - other).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * other.abs().max()
+
+
+def test_log_pi_where_pi_is_zero_in_float32():
+    """Catches log π taken of π: -inf where a token is 90 nats below the likeliest, and a gradient that is no number."""
+    h, w, y = torch.tensor([[90.0], [-200.0], [1.0]]), torch.tensor([[1.0], [0.0], [-1.5]], requires_grad=True), torch.tensor([2, 0, 1])
+    ours = LogPi.apply(h, w, y, 1.0, torch.float32, 3)
+    exact = (h.double() @ w.double().T).log_softmax(-1)[range(3), y]
+    torch.testing.assert_close(ours.double(), exact)
+    assert exact[:2].tolist() == [-225, -500] and torch.autograd.grad(ours.sum(), w)[0].isfinite().all()
 
 
 def test_logits_keep_float32_beside_bf16_matrix_products():
@@ -679,8 +688,57 @@ def test_what_transformers_saves(tmp_path, g, kind, dtype):
                 torch.testing.assert_close(GPT.from_pretrained(tmp_path, head).hidden(tokens), h, atol=1e-4, rtol=0)
 
 
-# --- memory
+# --- precision and memory
 
+
+@pytest.fixture
+def precision():
+    """What float32 products are made with is a setting of the whole process: put back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_by_onednn_is_float32(precision, g):
+    """Catches products that are rounded to bf16, which is 2,000 times as coarse, at any shape that training or sampling has."""
+    if not model.multiply_float32_by_onednn():
+        pytest.skip("not on this processor")
+    for B, M, K, N in ((1, 64, 128, 512), (1, 2560, 512, 128), (40, 160, 160, 32), (256, 1, 32, 160)):
+        a, b, c = (torch.randn(shape, generator=g) for shape in ((B, M, K), (B, K, N), (N,)))
+        exact = a.double() @ b.double()
+        for product in (a @ b, torch.baddbmm(torch.zeros(1), a, b), (b.mT @ a.mT).mT, F.linear(a[0], b[0].T.contiguous(), c)[None] - c):
+            assert (product - exact[:len(product)]).abs().max() < 3e-6 * exact.abs().max()
+    assert precision() == "medium"
+
+
+@pytest.mark.parametrize("name, value", [("full", lambda *args: torch.ones(256, 256)), ("cpu._is_amx_tile_supported", lambda: True)])
+def test_float32_stays_with_mkl_where_onednn_rounds(precision, monkeypatch, name, value):
+    """Catches float32 given up: on a processor that would take 1 + 2^-12 for 1, and on one known to have such instructions."""
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(f"torch.{name}", value)
+    assert not model.multiply_float32_by_onednn() and precision() == "highest"
+
+
+def test_decoding_steps_go_to_mkl_and_training_does_not(precision, monkeypatch):
+    """Catches either left with the slower library, also behind a generation that was broken off."""
+    seen = []
+    monkeypatch.setattr(Sampler, "prefill", lambda self, f=Sampler.prefill: seen.append(precision()) or f(self))
+    monkeypatch.setattr(Sampler, "read", lambda self: seen.append(precision()) or 1 / 0)
+    torch.set_float32_matmul_precision("medium")
+    with pytest.raises(ZeroDivisionError):
+        tiny_model().generate(torch.ones(2, 3, dtype=torch.long), torch.tensor([2, 3]), 4)
+    assert seen + [precision()] == ["medium", "highest", "medium"]
+
+
+def test_the_device_brings_its_settings(precision, monkeypatch, capsys):
+    """Catches a setting that is made and not said, or said and not made."""
+    torch.set_float32_matmul_precision("highest")
+    for works in (True, False):
+        monkeypatch.setattr("sft.multiply_float32_by_onednn", lambda: works)
+        monkeypatch.setattr("sft.keep_freed_memory", lambda: works)
+        assert pick_device("cpu") == "cpu"
+        said = capsys.readouterr().out
+        assert ("oneDNN" in said) == ("freed memory" in said) == works
 
 FAULTS = """
 import resource, sys, torch
@@ -705,3 +763,29 @@ def test_freed_memory_is_not_asked_for_again():
     faults = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=os.path.dirname(model.__file__), check=True,
                                       capture_output=True, text=True).stdout) for how in ("keep", "as it is")}
     assert faults["keep"] < 100 < 8 * 1024 < faults["as it is"]
+
+
+HEAPS = """
+import ctypes, sys, threading, torch
+import model
+if sys.argv[1] == "keep":
+    assert model.keep_freed_memory()
+libc, barrier = ctypes.CDLL(None), threading.Barrier(6)
+def work():
+    torch.ones(10**6)
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(6)]
+for do in (threading.Thread.start, threading.Thread.join):
+    for thread in threads:
+        do(thread)
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not model.keep_freed_memory(), reason="not the C library of Linux")
+def test_threads_share_two_heaps():
+    """Catches a heap for each thread, whose freed memory no other thread can use, and one for all, on which two threads wait."""
+    heaps = {how: subprocess.run([sys.executable, "-c", HEAPS, how], cwd=os.path.dirname(model.__file__), check=True,
+                                 capture_output=True, text=True).stdout.count("<heap nr=") for how in ("keep", "as it is")}
+    assert heaps["keep"] == 2 < heaps["as it is"]
