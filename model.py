@@ -69,8 +69,9 @@ def keep_freed_memory():
     """Have the C library of Linux keep what tensors free. -> whether it will
 
     By default it gives large blocks back and asks for them again at the next step, and the system hands them out zeroed, page by
-    page: of a training step on a CPU that was 10 to 20 %. Threads share two heaps. With one, the two halves of sft.backward_parts
-    wait for each other, and are given what the other has had in its core's cache: 5 %; with more, what one thread has freed no other can use."""
+    page: of a training step of our small model that was 10 to 20 %. Threads share two heaps. With one, the two halves of
+    sft.backward_parts wait for each other when they ask for memory, and are given what lies in the other core's cache: that was 5 %; with
+    many, each would keep what its threads have freed. Of blocks above 64 MB the second heap keeps none."""
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -80,34 +81,40 @@ def keep_freed_memory():
 
 
 def multiply_float32_by_onednn():
-    """Have oneDNN multiply float32 matrices on a CPU, where PyTorch takes MKL, which takes longer on AMD's processors: of a training
-    step in float32 that was 10 %. -> whether it will
+    """Have oneDNN multiply float32 matrices on a CPU, where PyTorch takes MKL: on an AMD EPYC with AVX512 that takes 10 % off a training
+    step in float32. -> whether it does
 
-    PyTorch's way to say so, "medium", also lets oneDNN round the factors to bf16, which it does where the processor has
-    instructions for it alone (AMX, Arm's). So it is tried out, and where it rounds all stays as it was."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()) or torch.cpu._is_amx_tile_supported():
+    PyTorch's way to say so, "medium", also lets oneDNN round the factors to bf16. It does so with AMX, and not with AVX512-BF16,
+    whose products it makes of bf16 alone: so it is tried out, and where it rounds MKL stays. Without AVX512, and on Arm, PyTorch would not heed it."""
+    if not torch.backends.mkl.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     torch.set_float32_matmul_precision("medium")
-    x = torch.full((256, 256), 1 + 2**-12)  # in bf16 it would be 1, and 256 the sum of 256 squares
-    exact = (x @ x).min().item() > 256.1
+    x = torch.full((2, 256, 256), 1 + 2**-12)  # in bf16 it would be 1, and 256 the sum of 256 squares
+    exact = not torch.cpu._is_amx_tile_supported() and min((y @ x[1]).min().item() for y in (x[0], x[0].T, x)) > 256.1
     torch.set_float32_matmul_precision("medium" if exact else "highest")
+    multiply_float32_by_onednn.does = exact
     return exact
+
+
+multiply_float32_by_onednn.does = False
 
 
 @contextmanager
 def float32_by_mkl():
-    """Within, MKL again: it is the faster one at the few rows of a decoding step."""
-    before = torch.get_float32_matmul_precision()
+    """Within, MKL again, if oneDNN had taken its place: MKL is the faster one at the few rows of a decoding step, by a fifth."""
+    if not multiply_float32_by_onednn.does:
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("medium")
 
 
 def round_up(n, multiple):
-    """Shapes are padded up to a few sizes: bf16 libraries on CPUs compile a kernel for each new shape, which costs more
-    time than the padding, and memory for each kernel."""
+    """Shapes are padded up to a few sizes: oneDNN compiles a kernel for each new shape, which costs more time than the padding,
+    and memory for each kernel."""
     return -(-n // multiple) * multiple
 
 
@@ -447,12 +454,11 @@ def attention(q, k, v):
 # ---------------------------------------------------------------------------------------------------------------------
 # the transformer
 
-def logits(h, w, dtype):
-    """h wᵀ of h [N, d] and w [V, d] in float32, the factors in `dtype` where the device can do that. A result in bf16 would
-    be off by up to ¼: GPT-2's logits lie around -100, where bf16 has steps of ½."""
-    if h.is_cuda and dtype != torch.float32:
-        return torch.mm(h.to(dtype), w.to(dtype).T, out_dtype=torch.float32)
-    return F.linear(h, w)
+def logits(h, w, dtype, temperature=1.0):
+    """h wᵀ / temperature of h [N, d] and w [V, d] in float32, the factors in `dtype` where the device can do that. A result in bf16
+    would be off by up to ¼: GPT-2's logits lie around -100, where bf16 has steps of ½."""
+    z = torch.mm(h.to(dtype), w.to(dtype).T, out_dtype=torch.float32) if h.is_cuda and dtype != torch.float32 else F.linear(h, w)
+    return z if temperature == 1 else z.div_(temperature)
 
 
 class Unembed(torch.autograd.Function):
@@ -473,9 +479,9 @@ class Unembed(torch.autograd.Function):
 class LogPi(torch.autograd.Function):
     """log softmax(z)[y], [N], of the logits z = h wᵀ / temperature of hidden states h [N, d], embeddings w [V, d] and tokens y [N].
 
-    With π = softmax(z) it is z_y - max z + log max π, which stays finite where π(y) is 0 in float32; d log π(y) / dz = 1[y] - π.
-    The logits are made in chunks of rows, [n, V]; the backward pass makes those of more than one chunk again, so that [N, V] in
-    float32 never exists at once."""
+    With π = softmax(z) it is z_y - max z + log max π, as max π = 1 / Σ exp(z - max z): finite also where π(y) is 0 in float32.
+    d log π(y) / dz = 1[y] - π, and so it is π that is made and kept, not log π. The logits are made in chunks of rows, [n, V]; the
+    backward pass makes those of more than one chunk again, so that [N, V] in float32 never exists at once."""
 
     @staticmethod
     def forward(ctx, h, w, y, temperature, dtype, rows):
@@ -483,7 +489,7 @@ class LogPi(torch.autograd.Function):
         ctx.temperature, ctx.dtype, ctx.rows, ctx.kept = temperature, dtype, rows, None
         out = []
         for h, y in zip(h.split(rows), y.split(rows)):
-            z = logits(h / temperature, w, dtype)
+            z = logits(h, w, dtype, temperature)
             pi = z.softmax(-1)
             out.append(z.gather(1, y[:, None]).squeeze(1) - z.amax(1) + pi.amax(1).log())
         if len(out) == 1 and any(ctx.needs_input_grad):
@@ -495,7 +501,7 @@ class LogPi(torch.autograd.Function):
         h, w, y = ctx.saved_tensors
         g, dw, dh = g[:, None] / ctx.temperature, torch.zeros_like(w), []
         for h, y, g in zip(h.split(ctx.rows), y.split(ctx.rows), g.split(ctx.rows)):
-            pi = logits(h / ctx.temperature, w, ctx.dtype).softmax(-1) if ctx.kept is None else ctx.kept
+            pi = logits(h, w, ctx.dtype, ctx.temperature).softmax(-1) if ctx.kept is None else ctx.kept
             ctx.kept = None  # written over
             dz = pi.mul_(-g).scatter_add_(1, y[:, None], g).to(ctx.dtype)  # small numbers, which bear the rounding
             dh.append((dz @ w.to(ctx.dtype)).float())
@@ -699,7 +705,7 @@ class GPT(nn.Module):
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {self.config.n_positions} positions")
         static = self.device.type == "cuda" if static is None else static
         sampler = Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static)
-        with float32_by_mkl() if self.device.type == "cpu" else nullcontext():
+        with float32_by_mkl():
             return sampler.run()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -963,7 +969,7 @@ class Sampler:
         return from_query.reshape(N, H * D) + from_self.view(N, H * D)
 
     def drop_finished(self):
-        """Go on with fewer queries, fewer samples of each, in steps: a bf16 library compiles kernels for each new shape."""
+        """Go on with fewer queries, fewer samples of each, in steps: a copy of the cache for each row that ends would cost more."""
         living = self.alive.view(-1, self.m)
         P, m = living.shape
         m_left = min(m, round_up(int(living.sum(1).max()), 4))

@@ -302,8 +302,8 @@ def pick_device(name):
     dtype, reason = choose_precision(name)
     more = ""
     if name == "cpu":
-        more += "; those in float32 by oneDNN, which is faster than MKL at them" if multiply_float32_by_onednn() else ""
         more += "; freed memory is kept, so that a step need not ask the system for it again" if keep_freed_memory() else ""
+        more += "; float32 products by oneDNN in place of MKL, but for the sampler's" if multiply_float32_by_onednn() else ""
     print(f"device {name}, matrix products in {str(dtype)[6:]}: {reason}{more}")
     return name
 

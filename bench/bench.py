@@ -17,6 +17,7 @@ Caveats: wall-clock times want a machine of their own. Peak memory on a CPU is t
 PyTorch allocated. TRL runs without its default gradient checkpointing: faster, in more memory. The GELU of our small model, which is
 one from scratch, is the exact one, as nanoGPT's is; transformers' models and TRL's on them come with GPT-2's approximation, which they
 put together from slow pieces. In the rows "exact GELU" they have ours. At GPT-2's size all but nanoGPT have GPT-2's.
+What sft.pick_device sets for our scripts (freed memory is kept, oneDNN multiplies float32) is ours alone: the peers run as they come.
 MFU follows PaLM's convention: it counts the attention scores that a causal kernel skips.
 """
 import functools
@@ -101,19 +102,12 @@ def sampling(c):
 
 
 def sft(c):
-    import torch
-    from peers import random_ids
+    from peers import random_ids, training_step
     from sft import backward_rows, make_optimizer
     model = gpt(c)
     queries, responses = random_ids(c, c.batch, c.query).tolist(), random_ids(c, c.batch, c.response).tolist()
-    optimizer, every_token = make_optimizer([model], 1e-4, 0.01), 1.0  # what a query token counts
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        backward_rows(model, queries, responses, every_token)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return step
+    every_token = 1.0  # what a query token counts
+    return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: backward_rows(model, queries, responses, every_token))
 
 
 def reward(c):
@@ -123,7 +117,7 @@ def reward(c):
     model = gpt(c, "scalar")
     groups = [{"query": query, "responses": random_ids(c, 2, c.response).tolist(), "pairs": [(0, 1)]}
               for query in random_ids(c, c.batch, c.query).tolist()]
-    return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: pairwise_loss(*score_groups(model, groups)))
+    return training_step(model, make_optimizer([model], 1e-4, 0.01), lambda: pairwise_loss(*score_groups(model, groups)).backward())
 
 
 def logprobs(c):

@@ -23,11 +23,12 @@ def random_ids(c, rows, n):
     return torch.randint(2, c.vocab_size, (rows, n))
 
 
-def training_step(model, optimizer, loss):
-    """One optimizer step with gradient clipping, as sft.py, nanoGPT's train.py and transformers' Trainer all do it."""
+def training_step(model, optimizer, backward):
+    """One optimizer step with gradient clipping, as sft.py, nanoGPT's train.py and transformers' Trainer all do it. backward()
+    leaves the gradients in the parameters."""
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return step
@@ -116,7 +117,7 @@ def sft_transformers(c):
     def loss():
         with autocast(c):
             return model(input_ids=rows, labels=rows).loss
-    return training_step(model, adamw(model), loss)
+    return training_step(model, adamw(model), lambda: loss().backward())
 
 
 def sft_nanogpt(c):
@@ -133,7 +134,7 @@ def sft_nanogpt(c):
     def loss():
         with autocast(c):
             return model(inputs, targets)[1]
-    return training_step(model, adamw(model), loss)
+    return training_step(model, adamw(model), lambda: loss().backward())
 
 
 def reward_transformers(c):
@@ -147,7 +148,7 @@ def reward_transformers(c):
         with autocast(c):
             chosen, rejected = model(input_ids=rows, attention_mask=mask).logits.squeeze(-1).float().chunk(2)
         return -F.logsigmoid(chosen - rejected).mean()
-    return training_step(model, adamw(model), loss)
+    return training_step(model, adamw(model), lambda: loss().backward())
 
 
 def logprobs_transformers(c):

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import world  # noqa: E402
 from data import save_encoding, save_json_lines, train_bpe  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, multiply_float32_by_onednn  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -58,6 +58,14 @@ def full_summary(post):
 @pytest.fixture
 def g():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def float32_by_pytorchs_choice():
+    """Which library multiplies float32 matrices is a choice of sft.pick_device for the whole process: no test leaves it behind."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    multiply_float32_by_onednn.does = False
 
 
 @pytest.fixture

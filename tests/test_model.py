@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 import download
 import model
 from data import DataError, pad_rows
-from model import GPT, LogPi, Sampler, attention, attention_in_parts, logits, plain_attention, read_config
+from model import GPT, GPTConfig, LogPi, Sampler, attention, attention_in_parts, logits, plain_attention, read_config
 from sft import load_model, pick_device
 
 
@@ -184,7 +185,7 @@ def test_log_pi_and_its_gradient_are_those_of_a_log_softmax(g, dtype):
 
 
 def test_log_pi_where_pi_is_zero_in_float32():
-    """Catches log π taken of π: -inf where a token is 90 nats below the likeliest, and a gradient that is no number."""
+    """Catches log π taken of π: -inf where a token is hundreds of nats below the likeliest, and a gradient that is no number."""
     h, w, y = torch.tensor([[90.0], [-200.0], [1.0]]), torch.tensor([[1.0], [0.0], [-1.5]], requires_grad=True), torch.tensor([2, 0, 1])
     ours = LogPi.apply(h, w, y, 1.0, torch.float32, 3)
     exact = (h.double() @ w.double().T).log_softmax(-1)[range(3), y]
@@ -691,48 +692,63 @@ def test_what_transformers_saves(tmp_path, g, kind, dtype):
 # --- precision and memory
 
 
-@pytest.fixture
-def precision():
-    """What float32 products are made with is a setting of the whole process: put back."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.get_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
+precision = torch.get_float32_matmul_precision  # a setting of the whole process; conftest puts it back behind each test
 
 
-def test_float32_by_onednn_is_float32(precision, g):
-    """Catches products that are rounded to bf16, which is 2,000 times as coarse, at any shape that training or sampling has."""
+def test_float32_by_onednn_is_float32(g):
+    """Catches products whose factors are rounded to bf16, 65,536 times as coarse, at any shape that training has."""
     if not model.multiply_float32_by_onednn():
         pytest.skip("not on this processor")
-    for B, M, K, N in ((1, 64, 128, 512), (1, 2560, 512, 128), (40, 160, 160, 32), (256, 1, 32, 160)):
-        a, b, c = (torch.randn(shape, generator=g) for shape in ((B, M, K), (B, K, N), (N,)))
+    for B, M, K, N in ((1, 64, 128, 512), (1, 2560, 512, 128), (40, 160, 160, 32), (40, 160, 32, 160)):
+        a, b, c = (torch.randn(shape, generator=g) for shape in ((B, M, K), (B, K, N), (M, N)))
         exact = a.double() @ b.double()
-        for product in (a @ b, torch.baddbmm(torch.zeros(1), a, b), (b.mT @ a.mT).mT, F.linear(a[0], b[0].T.contiguous(), c)[None] - c):
+        for product in (a @ b, torch.baddbmm(c, a, b, alpha=0.5) * 2 - 2 * c, (b.mT @ a.mT).mT, F.linear(a[0], b[0].T.contiguous(), c[0])[None] - c[0]):
             assert (product - exact[:len(product)]).abs().max() < 3e-6 * exact.abs().max()
     assert precision() == "medium"
 
 
-@pytest.mark.parametrize("name, value", [("full", lambda *args: torch.ones(256, 256)), ("cpu._is_amx_tile_supported", lambda: True)])
-def test_float32_stays_with_mkl_where_onednn_rounds(precision, monkeypatch, name, value):
+def test_onednn_and_mkl_agree(g):
+    """Catches a mask, stride or transposed factor that one of the libraries takes otherwise: hidden states, log π, gradients, a sampled response."""
+    net, results = GPT(GPTConfig(200, 128, 2, 2, 64, 0, "gelu")), []
+    tokens, q, lengths = torch.randint(200, (8, 90), generator=g), torch.full((8,), 50), torch.full((8,), 90)
+    for library in ("MKL", "oneDNN"):
+        if library == "oneDNN" and not model.multiply_float32_by_onednn():
+            pytest.skip("not on this processor")
+        logp = net.logprobs(tokens, q, lengths, 40, 0.7)
+        results.append([net.hidden(tokens), logp, *torch.autograd.grad(logp.mean(), list(net.parameters())),
+                        *net.generate(tokens[:, :50], q, 20, 0.7, None, torch.Generator().manual_seed(1))])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, value", [("full", lambda *args: torch.ones(2, 256, 256)), ("cpu._is_amx_tile_supported", lambda: True)])
+def test_float32_stays_with_mkl_where_onednn_rounds(monkeypatch, name, value):
     """Catches float32 given up: on a processor that would take 1 + 2^-12 for 1, and on one known to have such instructions."""
-    torch.set_float32_matmul_precision("highest")
+    for what, says in (("backends.mkl.is_available", True), ("backends.cpu.get_cpu_capability", "AVX512"),
+                       ("cpu._is_amx_tile_supported", False), ("full", torch.full((2, 256, 256), 1.01))):  # that passes anywhere
+        monkeypatch.setattr(f"torch.{what}", lambda *args, says=says: says)
+    assert model.multiply_float32_by_onednn() and precision() == "medium"
     monkeypatch.setattr(f"torch.{name}", value)
     assert not model.multiply_float32_by_onednn() and precision() == "highest"
+    with model.float32_by_mkl():
+        assert precision() == "highest"
+    assert precision() == "highest"
 
 
-def test_decoding_steps_go_to_mkl_and_training_does_not(precision, monkeypatch):
+def test_decoding_steps_go_to_mkl_and_training_does_not(monkeypatch):
     """Catches either left with the slower library, also behind a generation that was broken off."""
     seen = []
+    monkeypatch.setattr(model.multiply_float32_by_onednn, "does", True)
+    torch.set_float32_matmul_precision("medium")
     monkeypatch.setattr(Sampler, "prefill", lambda self, f=Sampler.prefill: seen.append(precision()) or f(self))
     monkeypatch.setattr(Sampler, "read", lambda self: seen.append(precision()) or 1 / 0)
-    torch.set_float32_matmul_precision("medium")
     with pytest.raises(ZeroDivisionError):
         tiny_model().generate(torch.ones(2, 3, dtype=torch.long), torch.tensor([2, 3]), 4)
     assert seen + [precision()] == ["medium", "highest", "medium"]
 
 
-def test_the_device_brings_its_settings(precision, monkeypatch, capsys):
+def test_the_device_brings_its_settings(monkeypatch, capsys):
     """Catches a setting that is made and not said, or said and not made."""
-    torch.set_float32_matmul_precision("highest")
     for works in (True, False):
         monkeypatch.setattr("sft.multiply_float32_by_onednn", lambda: works)
         monkeypatch.setattr("sft.keep_freed_memory", lambda: works)
@@ -740,8 +756,21 @@ def test_the_device_brings_its_settings(precision, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert ("oneDNN" in said) == ("freed memory" in said) == works
 
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the C library of Linux")
+
+
+def in_a_process(script, how):
+    """What the script prints in a Python of its own, with no other settings of malloc."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    return subprocess.run([sys.executable, "-c", script, how], cwd=os.path.dirname(model.__file__), check=True, capture_output=True, text=True,
+                          env=env).stdout
+
+
 FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages: they would hide the faults
+import torch
 import model
 if sys.argv[1] == "keep":
     assert model.keep_freed_memory()
@@ -757,11 +786,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or not model.keep_freed_memory(), reason="not the C library of Linux")
+@glibc
 def test_freed_memory_is_not_asked_for_again():
     """Page faults of eight steps that allocate 144 MB each: as many as the memory has pages, eight times over, or next to none."""
-    faults = {how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=os.path.dirname(model.__file__), check=True,
-                                      capture_output=True, text=True).stdout) for how in ("keep", "as it is")}
+    faults = {how: int(in_a_process(FAULTS, how)) for how in ("keep", "as it is")}
     assert faults["keep"] < 100 < 8 * 1024 < faults["as it is"]
 
 
@@ -783,9 +811,8 @@ libc.fflush(None)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or not model.keep_freed_memory(), reason="not the C library of Linux")
+@glibc
 def test_threads_share_two_heaps():
     """Catches a heap for each thread, whose freed memory no other thread can use, and one for all, on which two threads wait."""
-    heaps = {how: subprocess.run([sys.executable, "-c", HEAPS, how], cwd=os.path.dirname(model.__file__), check=True,
-                                 capture_output=True, text=True).stdout.count("<heap nr=") for how in ("keep", "as it is")}
+    heaps = {how: in_a_process(HEAPS, how).count("<heap nr=") for how in ("keep", "as it is")}
     assert heaps["keep"] == 2 < heaps["as it is"]
