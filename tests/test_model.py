@@ -437,6 +437,14 @@ def test_the_largest_uniform_draws_a_token_of_some_probability(monkeypatch):
     assert (out[0, 2:] < 6).all() and logprobs.isfinite().all()
 
 
+def test_what_was_sampled_can_be_trained_on():
+    """Catches tensors of inference mode handed out: a backward pass refuses to keep them."""
+    net, q = tiny_model(), torch.tensor([2, 3])
+    tokens, lengths, logprobs = net.generate(torch.ones(2, 3, dtype=torch.long), q, 4)
+    ratio = (net.logprobs(tokens, q, lengths, 4) - logprobs).exp()
+    assert torch.autograd.grad((ratio * logprobs).sum(), net.wte.weight)[0].isfinite().all() and not logprobs.requires_grad
+
+
 def test_generate_shapes():
     """Catches internal padding that leaks into what is handed back: tokens are [B·n, Q + R], whatever Q is."""
     for Q in (1, 5, 16, 17, 33):
