@@ -703,7 +703,7 @@ class GPT(nn.Module):
         if Q + R > self.config.n_positions:
             raise ValueError(f"{Q} query tokens and {R} new ones do not fit into {self.config.n_positions} positions")
         static = self.device.type == "cuda" if static is None else static
-        with torch.inference_mode():  # no_grad with still less bookkeeping per operation: 4 % of the time, 17 % at batch 1
+        with torch.inference_mode():  # no_grad with still less bookkeeping per operation: 4 % of the time at batch 64, 13 % at batch 1
             sampler = Sampler(self, tokens, lengths, R, temperature, eos, generator, n, static)
             with float32_by_mkl():
                 out = sampler.run()

@@ -743,6 +743,15 @@ def test_float32_stays_with_mkl_where_onednn_rounds(monkeypatch, name, value):
     assert precision() == "highest"
 
 
+@pytest.mark.parametrize("name, value", [("mkl.is_available", False), ("cpu.get_cpu_capability", "AVX2")])
+def test_onednn_is_not_asked_where_pytorch_would_not_heed_it(monkeypatch, name, value):
+    """Catches "by oneDNN" said of a processor or a build where the setting changes nothing."""
+    for what, says in (("mkl.is_available", True), ("cpu.get_cpu_capability", "AVX512"), (name, value)):
+        monkeypatch.setattr(f"torch.backends.{what}", lambda says=says: says)
+    monkeypatch.setattr("torch.full", lambda *args: 1.01 * torch.ones(2, 256, 256))
+    assert not model.multiply_float32_by_onednn() and precision() == "highest"
+
+
 def test_decoding_steps_go_to_mkl_and_training_does_not(monkeypatch):
     """Catches either left with the slower library, also behind a generation that was broken off."""
     seen = []

@@ -67,6 +67,8 @@ MUTATIONS = [  # file, what stands there once, what it becomes, the tests that m
     ("model", "pi = logits(h, w, ctx.dtype, ctx.temperature)", "pi = logits(h, w, ctx.dtype)", "logprobs_in_chunks_are_those_of_all_rows"),
     ("model", '("medium" if exact else "highest")', '("medium")', "float32_stays_with_mkl_where_onednn_rounds"),
     ("model", "exact = not torch.cpu._is_amx_tile_supported() and ", "exact = ", "float32_stays_with_mkl_where_onednn_rounds"),
+    ("model", "if not torch.backends.mkl.is_available() or not", "if not", "onednn_is_not_asked_where_pytorch_would_not_heed_it"),
+    ("model", 'get_cpu_capability().startswith("AVX512")', 'get_cpu_capability().startswith("AVX")', "onednn_is_not_asked_where_pytorch_would_not_heed_it"),
     ("model", "return tuple(x.clone() for x in out)", "return out", "what_was_sampled_can_be_trained_on"),
     ("model", "with float32_by_mkl():", "if True:", "decoding_steps_go_to_mkl_and_training_does_not"),
     ("model", "    finally:\n        torch.set_float32_matmul_precision(\"medium\")", "    finally:\n        pass", "decoding_steps_go_to_mkl_and_training_does_not"),
